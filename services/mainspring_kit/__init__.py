@@ -1,0 +1,1 @@
+"""What two services need and that names no domain noun: errors, identity, servers, channels, streams, stores."""

@@ -1,0 +1,225 @@
+"""What happens around every call, from outside in: telemetry, errors, deadline, identity and role, validation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from typing import Any, Final
+
+import grpc
+import protovalidate
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
+from grpc_status import rpc_status
+from mainspring.v1 import identity_pb2
+
+from mainspring_kit import telemetry
+from mainspring_kit.errors import MainspringError, Reason, Violation, to_status
+from mainspring_kit.identity import CONTEXT_KEY, Caller, TokenVerifier, UserExecutionContext, caller_variable, new_id
+from mainspring_kit.streams import call_tasks
+from mainspring_kit.tasks import background
+
+# Health and reflection answer without a token: probes have none, and they tell nothing of any tenant.
+OPEN_SERVICES: Final = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+
+# grpc.aio's handlers and contexts are generic over messages that only the generated code knows: Any.
+ServicerContext = grpc.aio.ServicerContext[Any, Any]
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Lets a call through to its servicer only when it may and can be served, and translates what is raised."""
+
+    def __init__(self, services: Iterable[ServiceDescriptor], verifier: TokenVerifier) -> None:
+        self._roles = {
+            f"/{service.full_name}/{method.name}": method.GetOptions().Extensions[identity_pb2.role]
+            for service in services
+            for method in service.methods
+        }
+        self._verifier = verifier
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps the method's handler; an open service's is left as it is."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(OPEN_SERVICES):
+            return handler
+        wrap: Callable[..., Any] = self._streaming if handler.response_streaming else self._unary
+        serializers = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.request_streaming and handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(wrap(method, handler.stream_stream), **serializers)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(wrap(method, handler.unary_stream), **serializers)
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(wrap(method, handler.stream_unary), **serializers)
+        return grpc.unary_unary_rpc_method_handler(wrap(method, handler.unary_unary), **serializers)
+
+    def _unary(self, method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: ServicerContext) -> Any:
+            async with _Span(method, context, streaming=False):
+                self._admit(method, context)
+                if isinstance(request, Message):
+                    validate(request)
+                return await behaviour(request, context)
+
+        return call
+
+    def _streaming(self, method: str, behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., Awaitable[None]]:
+        async def call(request: Any, context: ServicerContext) -> None:
+            async with _Span(method, context, streaming=True):
+                self._admit(method, context)
+                if isinstance(request, Message):
+                    validate(request)
+                async with background() as tasks:
+                    call_tasks.set(tasks)
+                    responses = behaviour(request, context)
+                    try:
+                        async for response in responses:
+                            await context.write(response)
+                    finally:
+                        await responses.aclose()  # type: ignore[attr-defined]  # an async generator
+
+        return call
+
+    def _admit(self, method: str, context: ServicerContext) -> None:
+        """Identifies the caller, checks the role, and leaves both for the servicer to read."""
+        metadata = dict(context.invocation_metadata() or ())
+        principal = self._verifier.verify(bearer_token(metadata))
+        role = self._roles.get(method, identity_pb2.ROLE_UNSPECIFIED)
+        if not principal.covers(role):
+            raise MainspringError(
+                Reason.ROLE_REQUIRED,
+                f"{method} needs the role {identity_pb2.Role.Name(role)[5:].lower()}; "
+                f"the token has {', '.join(principal.roles)}: get one with that role.",
+                method=method,
+                role=identity_pb2.Role.Name(role)[5:].lower(),
+            )
+        user_context = None
+        if not principal.is_service:
+            user_context = UserExecutionContext(
+                tenant_id=principal.tenant_id,
+                user_id=principal.user_id,
+                request_id=new_id(),
+                roles=principal.roles,
+                trace_id=_trace_id(metadata),
+            )
+        elif CONTEXT_KEY in metadata:
+            user_context = _decode_context(metadata[CONTEXT_KEY])
+        caller_variable.set(Caller(principal, user_context))
+
+
+class _Span:
+    """Around one call: measures and logs it, and turns what is raised into a status."""
+
+    def __init__(self, method: str, context: ServicerContext, *, streaming: bool) -> None:
+        self._method = method
+        self._context = context
+        self._streaming = streaming
+        self._start = 0.0
+
+    async def __aenter__(self) -> None:
+        self._start = time.monotonic()
+        remaining = self._context.time_remaining()
+        if remaining is not None and remaining <= 0:
+            raise MainspringError(Reason.DEADLINE_EXCEEDED, "The deadline has passed already.", method=self._method)
+        if self._streaming:
+            telemetry.logger().debug("stream_opened", method=self._method)
+
+    async def __aexit__(self, kind: object, raised: BaseException | None, trace: object) -> None:
+        error = _single(raised)
+        code = grpc.StatusCode.OK
+        if isinstance(error, asyncio.CancelledError):
+            code = grpc.StatusCode.CANCELLED
+        elif isinstance(error, grpc.aio.AbortError):
+            code = self._context.code()
+        elif error is not None:
+            error = self._translate(error)
+            code = error.code
+        seconds = time.monotonic() - self._start
+        telemetry.RPC_COUNT.labels(self._method, code.name).inc()
+        telemetry.RPC_SECONDS.labels(self._method).observe(seconds)
+        event = "stream_closed" if self._streaming else "rpc_served"
+        telemetry.logger().info(event, method=self._method, code=code.name, duration_ms=round(seconds * 1e3, 3))
+        if isinstance(error, MainspringError):
+            await self._context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+    def _translate(self, error: BaseException) -> MainspringError:
+        if isinstance(error, MainspringError):
+            return error
+        if isinstance(error, NotImplementedError):
+            return MainspringError(
+                Reason.NOT_IMPLEMENTED,
+                f"{self._method} is part of the contract but not of this release: see the changelog for when it comes.",
+                method=self._method,
+            )
+        request_id = new_id()
+        telemetry.logger().error("rpc_failed", method=self._method, request_id=request_id, exc_info=error)
+        return MainspringError(
+            Reason.INTERNAL,
+            f"A fault of ours, logged under the request id {request_id}: report it with that id.",
+            request_id=request_id,
+        )
+
+
+def bearer_token(metadata: Mapping[str, str | bytes]) -> str:
+    """The token of `authorization: Bearer …`; TOKEN_MISSING when there is none."""
+    value = metadata.get("authorization", "")
+    scheme, _, token = value.partition(" ") if isinstance(value, str) else ("", "", "")
+    if scheme.lower() != "bearer" or not token:
+        raise MainspringError(
+            Reason.TOKEN_MISSING, "There is no bearer token: send `authorization: Bearer <token>` with the call."
+        )
+    return token.strip()
+
+
+def validate(message: Message) -> None:
+    """Checks a message against the rules of its contract; REQUEST_INVALID with one violation per fault."""
+    found = protovalidate.collect_violations(message)
+    if not found:
+        return
+    violations = [Violation(_path(violation.proto.field), violation.proto.message or "") for violation in found]
+    first = violations[0]
+    raise MainspringError(
+        Reason.REQUEST_INVALID,
+        f"The request breaks its rules: {first.field or 'message'}: {first.description}.",
+        violations=violations,
+        field=first.field,
+    )
+
+
+def _path(field: Any) -> str:
+    """A FieldPath as dotted text. Any: the type belongs to protovalidate's own runtime."""
+    return ".".join(element.field_name for element in field.elements) if field is not None else ""
+
+
+def _decode_context(value: str | bytes) -> UserExecutionContext:
+    try:
+        message = identity_pb2.UserExecutionContext.FromString(value if isinstance(value, bytes) else value.encode())
+    except ValueError as error:
+        raise MainspringError(
+            Reason.CONTEXT_INVALID, f"{CONTEXT_KEY} is not a UserExecutionContext.", field=CONTEXT_KEY, value=""
+        ) from error
+    return UserExecutionContext.from_message(message)
+
+
+def _trace_id(metadata: Mapping[str, str | bytes]) -> str:
+    """The trace id of a W3C traceparent; a new one where there is none."""
+    parts = str(metadata.get("traceparent", "")).split("-")
+    if len(parts) == 4 and len(parts[1]) == 32 and all(sign in "0123456789abcdef" for sign in parts[1]):
+        return parts[1]
+    return new_id().replace("-", "")
+
+
+def _single(raised: BaseException | None) -> BaseException | None:
+    """The one cause of a task group's failure, so that an error raised in a child is answered as itself."""
+    while isinstance(raised, BaseExceptionGroup):
+        ours = raised.subgroup(MainspringError)
+        raised = (ours or raised).exceptions[0]
+    return raised
