@@ -1,0 +1,1 @@
+"""What tests share: base class, running stack, clients, waiting. Holds no test and no double of our own code."""
