@@ -23,8 +23,8 @@ What a contract module writes (everything else of pytest-grpc is as its manual s
 The wiring is entered and left in one task of a loop in a thread (`grpc_loop`); run something of the test's own there
 with `grpc_loop.run(coroutine)`. `contract_environment` holds what a service's settings take, by field name: listen,
 secrets, environment, redis_url, all *_target (this very server), and, for a service that keeps tables (`State`,
-`Registry`), database_url and owner_database_url of a database of this module's own, migrated by the service's own `migrate`.
-Modules that need tables of other services too say so: `grpc_databases = ("State", "Registry")`; then
+`Registry`), database_url and owner_database_url of a database of this module's own, migrated by the service's own
+`migrate`. Modules that need tables of other services too say so: `grpc_databases = ("State", "Registry")`; then
 `contract_databases["Registry"]` has the other URLs. All calls need a `timeout=`.
 """
 
