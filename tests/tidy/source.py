@@ -36,6 +36,11 @@ class Module:
         parts = self.path.split("/")
         return parts[2].removesuffix(".py") if len(parts) > 2 else ""
 
+    @property
+    def lines(self) -> int:
+        """The lines that say something: all but blank ones."""
+        return sum(1 for line in self.text.splitlines() if line.strip())
+
     def offence(self, node: ast.AST, what: str) -> str:
         """A line that an editor can jump to."""
         return f"{self.path}:{getattr(node, 'lineno', 1)}: {what}"
