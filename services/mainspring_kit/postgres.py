@@ -13,8 +13,6 @@ from urllib.parse import unquote, urlsplit
 import asyncpg
 from pogo_core.util import migrate as pogo
 
-from mainspring_kit import telemetry
-
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
     Pool = asyncpg.Pool[asyncpg.Record]
@@ -75,7 +73,7 @@ async def migrate(owner_url: str, directory: Path, schema: str, role_url: str) -
     connection = await connect_one(owner_url)
     try:
         await connection.execute("SELECT pg_advisory_lock($1)", _MIGRATION_LOCK)
-        await pogo.apply(connection, directory, schema_name=schema, logger=_MigrationLog())
+        await pogo.apply(connection, directory, schema_name=schema)
         parts = urlsplit(role_url)
         if parts.username and parts.password:
             statement = await connection.fetchval(
@@ -86,12 +84,3 @@ async def migrate(owner_url: str, directory: Path, schema: str, role_url: str) -
             await connection.execute(statement)
     finally:
         await connection.close()
-
-
-class _MigrationLog:
-    """What the migrator asks of a logger."""
-
-    def warning(self, message: str, *values: object) -> None:
-        telemetry.logger().info("migration_applied", detail=message % values)
-
-    info = error = debug = warn = exception = warning

@@ -299,8 +299,7 @@ class BatchPool(Generic[Sent, Answer]):
             try:
                 await self._converse(link)
             except (grpc.RpcError, *_BROKEN_CALL) as error:
-                code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
-                telemetry.logger().debug("stream_broken", stream=self._name, address=link.address, code=code)
+                _log_break(self._name, link.address, error)
             delay = _RECONNECT_SECONDS_MIN if link.is_live else min(delay * 2, _RECONNECT_SECONDS_MAX)
             link.is_live = False
             link.rewind()
@@ -366,3 +365,10 @@ class BatchPool(Generic[Sent, Answer]):
                 self._homeless.append((item, future))
             elif not future.cancelled():
                 link.add(item, future)
+
+
+def _log_break(name: str, address: str, error: Exception) -> None:
+    """A peer that went away is an everyday matter; any other reason is somebody's fault and must be seen."""
+    code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
+    log = telemetry.logger().debug if code in ("UNAVAILABLE", "CANCELLED") else telemetry.logger().warning
+    log("stream_broken", stream=name, address=address, code=code, detail=str(error)[:300])
