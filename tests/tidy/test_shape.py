@@ -83,7 +83,7 @@ def ownerless_tasks(found: Iterable[Module]) -> list[str]:
 
 
 def broad_catches(found: Iterable[Module]) -> list[str]:
-    """`except Exception` outside the few roots, and cancellation swallowed anywhere."""
+    """`except Exception` outside the few roots, and cancellation swallowed anywhere; tidying up and raising is neither."""
     offences = []
     for module in found:
         may_catch_all = module.path in CATCH_ALL or module.room in CATCH_ALL_ROOMS
@@ -91,19 +91,19 @@ def broad_catches(found: Iterable[Module]) -> list[str]:
             if not isinstance(node, ast.ExceptHandler):
                 continue
             caught = _caught(node)
-            if caught & {"", "Exception"} and not may_catch_all:
-                offences.append(module.offence(node, "catches every exception: name what can happen"))
             reraises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
-            if caught & {"", "BaseException", "CancelledError"} and not reraises:
+            if "Exception" in caught and not may_catch_all:
+                offences.append(module.offence(node, "catches every exception: name what can happen"))
+            if caught & {"BaseException", "CancelledError"} and not reraises:
                 offences.append(module.offence(node, "swallows cancellation: raise it again"))
     return offences
 
 
 def _caught(handler: ast.ExceptHandler) -> set[str]:
     if handler.type is None:
-        return {""}
+        return {"BaseException"}
     types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
-    return {called(kind).rpartition(".")[2] for kind in types}
+    return {called(kind.value if isinstance(kind, ast.Starred) else kind).rpartition(".")[2] for kind in types}
 
 
 def banned_names(found: Iterable[Module]) -> list[str]:
@@ -207,6 +207,7 @@ def test_arguments_are_named_in_calls() -> None:
         (ownerless_tasks, "self.loop.create_task(f())"),
         (ownerless_tasks, "asyncio.gather(a, b)"),
         (broad_catches, "try:\n    f()\nexcept Exception:\n    raise"),
+        (broad_catches, "try:\n    f()\nexcept BaseException:\n    pass"),
         (broad_catches, "try:\n    f()\nexcept (ValueError, asyncio.CancelledError):\n    pass"),
         (banned_names, "class RunManager: ..."),
         (banned_names, "def _handle_frame() -> None: ..."),
