@@ -1,0 +1,1 @@
+"""Workloads that measure the running platform: `python -m benchmarks.<name> --json`."""
