@@ -12,6 +12,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 CONTRACTS := $(wildcard protos/mainspring/v1/*.proto)
 BASELINE := protos/baseline/v1.binpb
 PROTOC := python -m grpc_tools.protoc -I protos -I protos/third_party
+COMPILE := build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-emit-find-links --no-annotate --no-header
 OVERLAYS := $(wildcard k8s/overlays/*)
 # What mypy reads; generated code is left out in pyproject.toml.
 TYPED := sdk services gateway examples benchmarks tests test_framework
@@ -110,11 +112,14 @@ baseline: $(READY) ## Record the contracts as released: what `buf breaking` comp
 bench: $(READY) ## Measure the throughput of the whole platform
 	@python -m benchmarks.throughput
 
-lock: ## Resolve pyproject.toml's dependencies anew into requirements.lock (asks the package index)
+# Exact versions and hashes for Python 3.11 to 3.13 on every system, without the address of any index. The first file
+# is what a developer and CI install; the second the part of it that the container image needs, hatchling to build it.
+lock: ## Bring the lock files in step with pyproject.toml (asks the package index; UPGRADE=1: newest versions)
 	@rm -rf build/lock && python3 -m venv build/lock
 	@build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
-	@build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes \
-	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header --output-file requirements.lock pyproject.toml
+	@$(COMPILE) $(if $(UPGRADE),--upgrade) --all-extras --output-file requirements.lock pyproject.toml
+	@echo hatchling | $(COMPILE) --extra platform --constraint requirements.lock \
+	  --output-file requirements.platform.lock pyproject.toml -
 
 clean: ## Remove what can be made again; keeps .mainspring/, the data of `make dev`
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -83,7 +83,7 @@ def ownerless_tasks(found: Iterable[Module]) -> list[str]:
 
 
 def broad_catches(found: Iterable[Module]) -> list[str]:
-    """`except Exception` outside the few roots, and cancellation swallowed anywhere; tidying up and raising is neither."""
+    """`except Exception` outside the few roots, and cancellation swallowed; tidying up and raising again is neither."""
     offences = []
     for module in found:
         may_catch_all = module.path in CATCH_ALL or module.room in CATCH_ALL_ROOMS
