@@ -29,7 +29,7 @@ from mainspring.v1 import identity_pb2 as mainspring_dot_v1_dot_identity__pb2
 from mainspring.v1 import types_pb2 as mainspring_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmainspring/v1/execution.proto\x12\rmainspring.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1cmainspring/v1/identity.proto\x1a\x19mainspring/v1/types.proto\"\xf0\x01\n\x0fStartRunRequest\x12\x18\n\x05\x61gent\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?\x12\x16\n\x05\x61lias\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18?\x12\x18\n\x07version\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18\x14\x12\x18\n\x05input\x18\x04 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\nsession_id\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12!\n\x0fidempotency_key\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x36\n\x04wait\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\xac\x02\x32\x00\"k\n\x10StartRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.mainspring.v1.RunState\x12\x1f\n\x03run\x18\x03 \x01(\x0b\x32\x12.mainspring.v1.Run\"<\n\x10StartRunsRequest\x12(\n\x06starts\x18\x01 \x03(\x0b\x32\x18.mainspring.v1.StartItem\"\xa8\x01\n\tStartItem\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x34\n\x07\x63ontext\x18\x02 \x01(\x0b\x32#.mainspring.v1.UserExecutionContext\x12-\n\x05start\x18\x03 \x01(\x0b\x32\x1e.mainspring.v1.StartRunRequest\x12\x10\n\x08state_id\x18\x04 \x01(\t\x12\x13\n\x0b\x66ollower_id\x18\x05 \x01(\t\"@\n\x11StartRunsResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.mainspring.v1.StartResult\"\x90\x01\n\x0bStartResult\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.mainspring.v1.RunState\x12\x14\n\x0crepeated_key\x18\x05 \x01(\x08\"d\n\x10\x43\x61ncelRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x18\n\x06reason\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"#\n\x11\x43\x61ncelRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x11\n\x0fPauseRunRequest\"\x12\n\x10PauseRunResponse\"\x12\n\x10ResumeRunRequest\"\x13\n\x11ResumeRunResponse\"\x12\n\x10SignalRunRequest\"\x13\n\x11SignalRunResponse\"\x18\n\x16ResolveApprovalRequest\"\x19\n\x17ResolveApprovalResponse\"\x11\n\x0fRetryRunRequest\"\x12\n\x10RetryRunResponse\"\x10\n\x0e\x46orkRunRequest\"\x11\n\x0f\x46orkRunResponse\"\x13\n\x11\x45xplainRunRequest\"\x14\n\x12\x45xplainRunResponse2\xf8\x06\n\x10\x45xecutionService\x12Q\n\x08StartRun\x12\x1e.mainspring.v1.StartRunRequest\x1a\x1f.mainspring.v1.StartRunResponse\"\x04\xa0\xe8\x18\x02\x12X\n\tStartRuns\x12\x1f.mainspring.v1.StartRunsRequest\x1a .mainspring.v1.StartRunsResponse\"\x04\xa0\xe8\x18\x05(\x01\x30\x01\x12T\n\tCancelRun\x12\x1f.mainspring.v1.CancelRunRequest\x1a .mainspring.v1.CancelRunResponse\"\x04\xa0\xe8\x18\x02\x12Q\n\x08PauseRun\x12\x1e.mainspring.v1.PauseRunRequest\x1a\x1f.mainspring.v1.PauseRunResponse\"\x04\xa0\xe8\x18\x02\x12T\n\tResumeRun\x12\x1f.mainspring.v1.ResumeRunRequest\x1a .mainspring.v1.ResumeRunResponse\"\x04\xa0\xe8\x18\x02\x12T\n\tSignalRun\x12\x1f.mainspring.v1.SignalRunRequest\x1a .mainspring.v1.SignalRunResponse\"\x04\xa0\xe8\x18\x02\x12\x66\n\x0fResolveApproval\x12%.mainspring.v1.ResolveApprovalRequest\x1a&.mainspring.v1.ResolveApprovalResponse\"\x04\xa0\xe8\x18\x02\x12Q\n\x08RetryRun\x12\x1e.mainspring.v1.RetryRunRequest\x1a\x1f.mainspring.v1.RetryRunResponse\"\x04\xa0\xe8\x18\x02\x12N\n\x07\x46orkRun\x12\x1d.mainspring.v1.ForkRunRequest\x1a\x1e.mainspring.v1.ForkRunResponse\"\x04\xa0\xe8\x18\x02\x12W\n\nExplainRun\x12 .mainspring.v1.ExplainRunRequest\x1a!.mainspring.v1.ExplainRunResponse\"\x04\xa0\xe8\x18\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmainspring/v1/execution.proto\x12\rmainspring.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1cmainspring/v1/identity.proto\x1a\x19mainspring/v1/types.proto\"\xf0\x01\n\x0fStartRunRequest\x12\x18\n\x05\x61gent\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?\x12\x16\n\x05\x61lias\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18?\x12\x18\n\x07version\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18\x14\x12\x18\n\x05input\x18\x04 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\nsession_id\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12!\n\x0fidempotency_key\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x36\n\x04wait\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\xac\x02\x32\x00\"k\n\x10StartRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.mainspring.v1.RunState\x12\x1f\n\x03run\x18\x03 \x01(\x0b\x32\x12.mainspring.v1.Run\"<\n\x10StartRunsRequest\x12(\n\x06starts\x18\x01 \x03(\x0b\x32\x18.mainspring.v1.StartItem\"\xa8\x01\n\tStartItem\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x34\n\x07\x63ontext\x18\x02 \x01(\x0b\x32#.mainspring.v1.UserExecutionContext\x12-\n\x05start\x18\x03 \x01(\x0b\x32\x1e.mainspring.v1.StartRunRequest\x12\x10\n\x08state_id\x18\x04 \x01(\t\x12\x13\n\x0b\x66ollower_id\x18\x05 \x01(\t\"@\n\x11StartRunsResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.mainspring.v1.StartResult\"\xa2\x01\n\x0bStartResult\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.mainspring.v1.RunState\x12\x14\n\x0crepeated_key\x18\x05 \x01(\x08\x12\x10\n\x08\x66ollowed\x18\x06 \x01(\x08\"d\n\x10\x43\x61ncelRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x18\n\x06reason\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"#\n\x11\x43\x61ncelRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x11\n\x0fPauseRunRequest\"\x12\n\x10PauseRunResponse\"\x12\n\x10ResumeRunRequest\"\x13\n\x11ResumeRunResponse\"\x12\n\x10SignalRunRequest\"\x13\n\x11SignalRunResponse\"\x18\n\x16ResolveApprovalRequest\"\x19\n\x17ResolveApprovalResponse\"\x11\n\x0fRetryRunRequest\"\x12\n\x10RetryRunResponse\"\x10\n\x0e\x46orkRunRequest\"\x11\n\x0f\x46orkRunResponse\"\x13\n\x11\x45xplainRunRequest\"\x14\n\x12\x45xplainRunResponse2\xf8\x06\n\x10\x45xecutionService\x12Q\n\x08StartRun\x12\x1e.mainspring.v1.StartRunRequest\x1a\x1f.mainspring.v1.StartRunResponse\"\x04\xa0\xe8\x18\x02\x12X\n\tStartRuns\x12\x1f.mainspring.v1.StartRunsRequest\x1a .mainspring.v1.StartRunsResponse\"\x04\xa0\xe8\x18\x05(\x01\x30\x01\x12T\n\tCancelRun\x12\x1f.mainspring.v1.CancelRunRequest\x1a .mainspring.v1.CancelRunResponse\"\x04\xa0\xe8\x18\x02\x12Q\n\x08PauseRun\x12\x1e.mainspring.v1.PauseRunRequest\x1a\x1f.mainspring.v1.PauseRunResponse\"\x04\xa0\xe8\x18\x02\x12T\n\tResumeRun\x12\x1f.mainspring.v1.ResumeRunRequest\x1a .mainspring.v1.ResumeRunResponse\"\x04\xa0\xe8\x18\x02\x12T\n\tSignalRun\x12\x1f.mainspring.v1.SignalRunRequest\x1a .mainspring.v1.SignalRunResponse\"\x04\xa0\xe8\x18\x02\x12\x66\n\x0fResolveApproval\x12%.mainspring.v1.ResolveApprovalRequest\x1a&.mainspring.v1.ResolveApprovalResponse\"\x04\xa0\xe8\x18\x02\x12Q\n\x08RetryRun\x12\x1e.mainspring.v1.RetryRunRequest\x1a\x1f.mainspring.v1.RetryRunResponse\"\x04\xa0\xe8\x18\x02\x12N\n\x07\x46orkRun\x12\x1d.mainspring.v1.ForkRunRequest\x1a\x1e.mainspring.v1.ForkRunResponse\"\x04\xa0\xe8\x18\x02\x12W\n\nExplainRun\x12 .mainspring.v1.ExplainRunRequest\x1a!.mainspring.v1.ExplainRunResponse\"\x04\xa0\xe8\x18\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -87,39 +87,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTRUNSRESPONSE']._serialized_start=776
   _globals['_STARTRUNSRESPONSE']._serialized_end=840
   _globals['_STARTRESULT']._serialized_start=843
-  _globals['_STARTRESULT']._serialized_end=987
-  _globals['_CANCELRUNREQUEST']._serialized_start=989
-  _globals['_CANCELRUNREQUEST']._serialized_end=1089
-  _globals['_CANCELRUNRESPONSE']._serialized_start=1091
-  _globals['_CANCELRUNRESPONSE']._serialized_end=1126
-  _globals['_PAUSERUNREQUEST']._serialized_start=1128
-  _globals['_PAUSERUNREQUEST']._serialized_end=1145
-  _globals['_PAUSERUNRESPONSE']._serialized_start=1147
-  _globals['_PAUSERUNRESPONSE']._serialized_end=1165
-  _globals['_RESUMERUNREQUEST']._serialized_start=1167
-  _globals['_RESUMERUNREQUEST']._serialized_end=1185
-  _globals['_RESUMERUNRESPONSE']._serialized_start=1187
-  _globals['_RESUMERUNRESPONSE']._serialized_end=1206
-  _globals['_SIGNALRUNREQUEST']._serialized_start=1208
-  _globals['_SIGNALRUNREQUEST']._serialized_end=1226
-  _globals['_SIGNALRUNRESPONSE']._serialized_start=1228
-  _globals['_SIGNALRUNRESPONSE']._serialized_end=1247
-  _globals['_RESOLVEAPPROVALREQUEST']._serialized_start=1249
-  _globals['_RESOLVEAPPROVALREQUEST']._serialized_end=1273
-  _globals['_RESOLVEAPPROVALRESPONSE']._serialized_start=1275
-  _globals['_RESOLVEAPPROVALRESPONSE']._serialized_end=1300
-  _globals['_RETRYRUNREQUEST']._serialized_start=1302
-  _globals['_RETRYRUNREQUEST']._serialized_end=1319
-  _globals['_RETRYRUNRESPONSE']._serialized_start=1321
-  _globals['_RETRYRUNRESPONSE']._serialized_end=1339
-  _globals['_FORKRUNREQUEST']._serialized_start=1341
-  _globals['_FORKRUNREQUEST']._serialized_end=1357
-  _globals['_FORKRUNRESPONSE']._serialized_start=1359
-  _globals['_FORKRUNRESPONSE']._serialized_end=1376
-  _globals['_EXPLAINRUNREQUEST']._serialized_start=1378
-  _globals['_EXPLAINRUNREQUEST']._serialized_end=1397
-  _globals['_EXPLAINRUNRESPONSE']._serialized_start=1399
-  _globals['_EXPLAINRUNRESPONSE']._serialized_end=1419
-  _globals['_EXECUTIONSERVICE']._serialized_start=1422
-  _globals['_EXECUTIONSERVICE']._serialized_end=2310
+  _globals['_STARTRESULT']._serialized_end=1005
+  _globals['_CANCELRUNREQUEST']._serialized_start=1007
+  _globals['_CANCELRUNREQUEST']._serialized_end=1107
+  _globals['_CANCELRUNRESPONSE']._serialized_start=1109
+  _globals['_CANCELRUNRESPONSE']._serialized_end=1144
+  _globals['_PAUSERUNREQUEST']._serialized_start=1146
+  _globals['_PAUSERUNREQUEST']._serialized_end=1163
+  _globals['_PAUSERUNRESPONSE']._serialized_start=1165
+  _globals['_PAUSERUNRESPONSE']._serialized_end=1183
+  _globals['_RESUMERUNREQUEST']._serialized_start=1185
+  _globals['_RESUMERUNREQUEST']._serialized_end=1203
+  _globals['_RESUMERUNRESPONSE']._serialized_start=1205
+  _globals['_RESUMERUNRESPONSE']._serialized_end=1224
+  _globals['_SIGNALRUNREQUEST']._serialized_start=1226
+  _globals['_SIGNALRUNREQUEST']._serialized_end=1244
+  _globals['_SIGNALRUNRESPONSE']._serialized_start=1246
+  _globals['_SIGNALRUNRESPONSE']._serialized_end=1265
+  _globals['_RESOLVEAPPROVALREQUEST']._serialized_start=1267
+  _globals['_RESOLVEAPPROVALREQUEST']._serialized_end=1291
+  _globals['_RESOLVEAPPROVALRESPONSE']._serialized_start=1293
+  _globals['_RESOLVEAPPROVALRESPONSE']._serialized_end=1318
+  _globals['_RETRYRUNREQUEST']._serialized_start=1320
+  _globals['_RETRYRUNREQUEST']._serialized_end=1337
+  _globals['_RETRYRUNRESPONSE']._serialized_start=1339
+  _globals['_RETRYRUNRESPONSE']._serialized_end=1357
+  _globals['_FORKRUNREQUEST']._serialized_start=1359
+  _globals['_FORKRUNREQUEST']._serialized_end=1375
+  _globals['_FORKRUNRESPONSE']._serialized_start=1377
+  _globals['_FORKRUNRESPONSE']._serialized_end=1394
+  _globals['_EXPLAINRUNREQUEST']._serialized_start=1396
+  _globals['_EXPLAINRUNREQUEST']._serialized_end=1415
+  _globals['_EXPLAINRUNRESPONSE']._serialized_start=1417
+  _globals['_EXPLAINRUNRESPONSE']._serialized_end=1437
+  _globals['_EXECUTIONSERVICE']._serialized_start=1440
+  _globals['_EXECUTIONSERVICE']._serialized_end=2328
 # @@protoc_insertion_point(module_scope)

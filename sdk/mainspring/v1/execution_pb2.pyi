@@ -203,6 +203,7 @@ class StartResult(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     REPEATED_KEY_FIELD_NUMBER: _builtins.int
+    FOLLOWED_FIELD_NUMBER: _builtins.int
     item_id: _builtins.int
     """The item's."""
     run_id: _builtins.str
@@ -211,6 +212,8 @@ class StartResult(_message.Message):
     """RUNNING or QUEUED, or what the earlier run is."""
     repeated_key: _builtins.bool
     """The key named an earlier run: it is not followed by the start."""
+    followed: _builtins.bool
+    """The sender's follower follows the run already. False: it must subscribe, from seq 1."""
     @_builtins.property
     def status(self) -> _status_pb2.Status:
         """OK: durable."""
@@ -223,10 +226,11 @@ class StartResult(_message.Message):
         run_id: _builtins.str = ...,
         state: _types_pb2.RunState.ValueType = ...,
         repeated_key: _builtins.bool = ...,
+        followed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "repeated_key", b"repeated_key", "run_id", b"run_id", "state", b"state", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["followed", b"followed", "item_id", b"item_id", "repeated_key", b"repeated_key", "run_id", b"run_id", "state", b"state", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

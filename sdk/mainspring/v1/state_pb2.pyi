@@ -217,6 +217,7 @@ class AppendResult(_message.Message):
     ORDINAL_FIELD_NUMBER: _builtins.int
     LAST_SEQ_FIELD_NUMBER: _builtins.int
     REPEATED_KEY_FIELD_NUMBER: _builtins.int
+    FOLLOWED_FIELD_NUMBER: _builtins.int
     item_id: _builtins.int
     """The item's."""
     run_id: _builtins.str
@@ -229,6 +230,8 @@ class AppendResult(_message.Message):
     """The run's last seq after it."""
     repeated_key: _builtins.bool
     """For a create: the key named an earlier run; the caller must not drive it."""
+    followed: _builtins.bool
+    """For a create: follower_id is connected here and follows the run. False: it must subscribe."""
     @_builtins.property
     def status(self) -> _status_pb2.Status:
         """OK: durable. Otherwise with ErrorInfo."""
@@ -243,10 +246,11 @@ class AppendResult(_message.Message):
         ordinal: _builtins.int = ...,
         last_seq: _builtins.int = ...,
         repeated_key: _builtins.bool = ...,
+        followed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "last_seq", b"last_seq", "ordinal", b"ordinal", "repeated_key", b"repeated_key", "run_id", b"run_id", "state", b"state", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["followed", b"followed", "item_id", b"item_id", "last_seq", b"last_seq", "ordinal", b"ordinal", "repeated_key", b"repeated_key", "run_id", b"run_id", "state", b"state", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
