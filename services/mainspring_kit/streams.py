@@ -214,7 +214,13 @@ class _Link(Generic[Sent, Answer]):
         room = min(FRAME_ITEMS_MAX, credit - (len(self.waiting) - len(self.unsent)))
         frame_bytes = 0
         while self.unsent and len(frame) < room:
-            size = self.unsent[0].ByteSize()
+            item = self.unsent[0]
+            if item.item_id in self.waiting and self.waiting[item.item_id][1].cancelled():
+                # Nobody waits for it any more: sent now it would only have its effect.
+                del self.waiting[item.item_id]
+                self.unsent.popleft()
+                continue
+            size = item.ByteSize()
             if frame and frame_bytes + size > FRAME_BYTES_MAX:
                 break
             frame_bytes += size
@@ -280,6 +286,11 @@ class BatchPool(Generic[Sent, Answer]):
         else:
             link.add(item, future)
         return future
+
+    def pick_instance(self, instance_id: str = "") -> str:
+        """The instance that `post` would choose now, for callers whose items must stay together; empty: not known."""
+        link = self._choose(instance_id)
+        return link.instance_id if link is not None else ""
 
     async def run(self) -> None:
         """Keeps a stream to every address of the peer, as long as it is awaited."""
