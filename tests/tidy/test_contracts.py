@@ -41,7 +41,7 @@ def documented_reasons() -> dict[str, tuple[str, frozenset[str], bool]]:
 
 def methods() -> list[MethodDescriptor]:
     """Every rpc of every service."""
-    found = []
+    found: list[MethodDescriptor] = []
     for path in sorted(CONTRACTS.glob("*.proto")):
         descriptor = import_module(f"mainspring.v1.{path.stem}_pb2").DESCRIPTOR
         found.extend(method for service in descriptor.services_by_name.values() for method in service.methods)

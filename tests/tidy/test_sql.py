@@ -38,17 +38,20 @@ def statements_in_code(found: Iterable[Module]) -> list[str]:
 def queries_out_of_step(package: str, queries: str, found: Iterable[Module]) -> list[str]:
     """Named statements that no code uses, and names used that no statement has."""
     names = {match["name"] for match in HEADER.finditer(queries)}
-    used, mentioned, offences = set(), set(), []
+    used: set[str] = set()
+    mentioned: set[str] = set()
+    offences: list[str] = []
     for module in found:
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 mentioned.add(node.value)
             if not isinstance(node, ast.Subscript) or not isinstance(node.slice, ast.Constant):
                 continue
+            name = str(node.slice.value)
             if re.search(r"(queries|sql)$", called(node.value), re.IGNORECASE):
-                used.add(node.slice.value)
-                if node.slice.value not in names:
-                    offences.append(module.offence(node, f"{package} has no statement named {node.slice.value}"))
+                used.add(name)
+                if name not in names:
+                    offences.append(module.offence(node, f"{package} has no statement named {name}"))
     offences.extend(f"{package}: no code uses the statement {name}" for name in sorted(names - used - mentioned))
     return offences
 

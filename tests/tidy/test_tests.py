@@ -66,7 +66,7 @@ def sleeps(found: Iterable[Module]) -> list[str]:
 
 def path_tricks(found: Iterable[Module]) -> list[str]:
     """Relative imports, and a changed import path."""
-    offences = []
+    offences: list[str] = []
     for module in found:
         offences.extend(
             module.offence(node, f"{name}: import by the whole name")
