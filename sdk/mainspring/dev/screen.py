@@ -1,0 +1,116 @@
+"""What `mainspring dev` shows: the steps of the start, the address and the token, deaths and restarts, and the logs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator
+from typing import Final
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from mainspring.dev.child import Child
+from mainspring.dev.logs import LogLine
+from mainspring.dev.running import Stack
+
+_COLOURS: Final = {
+    "gateway": "cyan",
+    "execution": "green",
+    "dispatcher": "magenta",
+    "registry": "blue",
+    "state": "yellow",
+    "worker": "bright_green",
+    "postgres": "bright_blue",
+    "redis": "bright_red",
+}
+_LEVEL_STYLES: Final = {"warning": "yellow", "error": "bold red", "critical": "bold red"}
+_WIDTH: Final = 52
+
+
+class Screen:
+    """A calm terminal: one line per step, then one per thing worth knowing. Without a terminal the same, plain."""
+
+    def __init__(self, console: Console, *, least_level: str) -> None:
+        self._console = console
+        self._least_level = least_level
+        self._status: Status | None = None
+        self._is_up = False
+        self._is_stopping = False
+
+    def step_began(self, what: str) -> None:
+        """Shows that it is under way, where a line can be taken back."""
+        if self._console.is_terminal:
+            self._status = self._console.status(f"{what} …")
+            self._status.start()
+
+    def step_ended(self, what: str, *, seconds: float) -> None:
+        """Leaves one line of it."""
+        if self._status is not None:
+            self._status.stop()
+        self._console.print(Text.assemble("  ", (f"{what:<{_WIDTH}}", ""), (f"{seconds:6.2f} s", "dim")))
+
+    def serving(self, child: Child, *, seconds: float) -> None:
+        """Says that a process is back; at the start its step says so."""
+        if self._is_up and not self._is_stopping:
+            self._say(child.launch.label, f"serves again after {seconds:.2f} s, pid {child.pid}")
+
+    def ended(self, child: Child, *, returncode: int, restart_seconds: float) -> None:
+        """Says how a process died and when it starts again."""
+        how = signal.Signals(-returncode).name if returncode < 0 else f"exit code {returncode}"
+        when = "starting it again" if not restart_seconds else f"it keeps dying: next start in {restart_seconds:g} s"
+        self._say(child.launch.label, f"died ({how}); {when}. Log: {child.launch.log}", style="yellow")
+
+    def ready(self, stack: Stack, *, seconds: float) -> None:
+        """What somebody needs to begin."""
+        self._is_up = True
+        console = self._console
+        console.print(Text(f"Ready in {seconds:.1f} s.", style="bold green"))
+        console.print()
+        console.print(Text.assemble("  Console   ", (f"{stack.gateway}/", "bold cyan")))
+        console.print("  Token     a development key: user developer, admin of the tenant dev, good for 7 days")
+        console.print(Text(stack.token), soft_wrap=True)
+        console.print()
+        console.print(Text("  In another terminal here: mainspring agents list · mainspring run AGENT --input '{}'"))
+        console.print(Text(f"  Logs of info and below: {stack.folder.logs}. Ctrl-C stops everything.", style="dim"))
+        console.print()
+
+    def stopping(self) -> None:
+        """The start of the end."""
+        self._is_stopping = True
+        if self._status is not None:
+            self._status.stop()
+        self._console.print("Stopping: worker, gateway, execution, dispatcher, registry, state, Valkey, PostgreSQL.")
+
+    def stopped(self, *, seconds: float) -> None:
+        """The end."""
+        self._console.print(Text(f"Stopped in {seconds:.1f} s; the data stays.", style="bold"))
+
+    async def show(self, lines: AsyncIterator[LogLine]) -> None:
+        """Prints what reaches the level, one process's prefix beside another's."""
+        async for line in lines:
+            if line.reaches(self._least_level) and not self._is_stopping:
+                self._console.print(render(line), soft_wrap=True)
+
+    def _say(self, label: str, text: str, *, style: str = "") -> None:
+        self._console.print(Text.assemble(_prefix(label), (text, style)), soft_wrap=True)
+
+
+def render(line: LogLine) -> Text:
+    """A log line for people."""
+    text = _prefix(line.label)
+    if line.time:
+        text.append(f"{line.time} ", style="dim")
+    if line.level != "info":
+        text.append(f"{line.level} ", style=_LEVEL_STYLES.get(line.level, "dim"))
+    text.append(line.text)
+    for name, value in line.fields.items():
+        text.append(f" {name}=", style="dim")
+        text.append(value)
+    if line.detail:
+        text.append(f"\n{line.detail}", style="dim")
+    return text
+
+
+def _prefix(label: str) -> Text:
+    return Text(f"{label:<12} ", style=_COLOURS.get(label.partition(".")[0], "white"))
