@@ -119,7 +119,7 @@ class Child:
         async with self._spawning:
             if not self._wanted.is_set():
                 return 0
-            await self.launch.before()
+            self.launch.before()
             process = self.process = await self._spawn()
         self._owner.started(self)
         try:

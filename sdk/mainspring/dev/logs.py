@@ -67,9 +67,9 @@ def parse(label: str, line: str) -> LogLine:
 
 async def follow(folder: Path) -> AsyncIterator[LogLine]:
     """Every line that is written to the folder's logs from now on, a tenth of a second later at most."""
-    offsets = {path: path.stat().st_size for path in folder.glob("*.log")}
+    offsets = {path: _size(path) for path in _logs(folder)}
     while True:
-        for path in sorted(folder.glob("*.log")):
+        for path in _logs(folder):
             for line in _new_lines(path, offsets):
                 yield parse(path.stem, line)
         await asyncio.sleep(_FOLLOW_SECONDS)
@@ -78,17 +78,29 @@ async def follow(folder: Path) -> AsyncIterator[LogLine]:
 async def trim(folder: Path) -> None:
     """Keeps every log below a bound and its former part beside it. Writers append, so they go on undisturbed."""
     while True:
-        for path in folder.glob("*.log"):
-            if path.stat().st_size > LOG_BYTES_MAX:
-                await asyncio.to_thread(shutil.copyfile, path, path.with_suffix(".old"))
-                path.open("wb").close()
+        await asyncio.to_thread(_trim_now, folder)
         await asyncio.sleep(_TRIM_SECONDS)
+
+
+def _trim_now(folder: Path) -> None:
+    for path in _logs(folder):
+        if _size(path) > LOG_BYTES_MAX:
+            shutil.copyfile(path, path.with_suffix(".old"))
+            path.open("wb").close()
+
+
+def _logs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.log"))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _new_lines(path: Path, offsets: dict[Path, int]) -> list[str]:
     """Whole lines after the offset, which moves past them; a log that shrank was trimmed."""
     offset = offsets.get(path, 0)
-    size = path.stat().st_size
+    size = _size(path)
     if size < offset:
         offset = offsets[path] = 0
     if size == offset:

@@ -58,7 +58,9 @@ async def http_ready(url: str, _pid: int) -> None:
 async def file_names_pid(path: Path, pid: int) -> None:
     """Returns when the process has written its pid into the file; TimeoutError when it does not in time."""
     async with asyncio.timeout(READY_SECONDS_MAX):
-        while not path.exists() or path.read_text() != str(pid):
+        while True:
+            if _read(path) == str(pid):
+                return
             await asyncio.sleep(_POLL_SECONDS)
 
 
@@ -82,6 +84,13 @@ def free_ports(count: int) -> list[int]:
     if len(found) < count:
         raise StartError(f"Found only {len(found)} free ports of {count} on 127.0.0.1: stop what holds so many.")
     return sorted(found)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
 
 
 def _is_free(port: int) -> bool:

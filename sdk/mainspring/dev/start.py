@@ -68,7 +68,7 @@ async def stack(
             workers=None if workers is None else tuple(workers),
             extra_env={"MAINSPRING_LOG_LEVEL": log_level, **(extra_env or {})},
         )
-        ready_files = [folder.ready_file, *([ready_file.absolute()] if ready_file else [])]
+        ready_files = [folder.ready_file, *([ready_file] if ready_file else [])]
         running = Stack(plan, folder, ready_files=ready_files, witness=witness or Silent())
         start = _Start(running, witness or Silent(), parent_fd=held.enter_context(_parent_pipe()))
         try:
@@ -104,11 +104,10 @@ class _Start:
                 launch = valkey.launch(folder.valkey, sockets / "valkey.sock", log=folder.log("redis"))
                 await self._running.bring_up([launch], tasks=tasks, parent_fd=self._parent_fd)
         if embed_postgres:
-            if not folder.postgres.exists():
+            if not postgres.is_initialized(folder.postgres):
                 with self._step("PostgreSQL, making its data folder"):
                     await postgres.initialize(folder.postgres)
             with self._step("PostgreSQL"):
-                await postgres.initialize(folder.postgres)
                 launch = postgres.launch(folder.postgres, sockets, log=folder.log("postgres"))
                 await self._running.bring_up([launch], tasks=tasks, parent_fd=self._parent_fd)
 

@@ -14,13 +14,13 @@ class StartError(Exception):
     """A local stack can't start. The message says what, which one and what to do next; it needs no traceback."""
 
 
-async def _nothing() -> None:
+def _nothing() -> None:
     """What there is to do before most starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """One process to run. `ready` gets the pid and returns once that process serves; `before` runs before each start."""
+    """One process to run. `ready` gets the pid and returns once that process serves; `before` precedes each start."""
 
     name: str
     argv: tuple[str, ...]
@@ -29,7 +29,7 @@ class Launch:
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     index: int = 0
     replicas: int = 1
-    before: Callable[[], Awaitable[None]] = _nothing
+    before: Callable[[], None] = _nothing
     stop_signal: signal.Signals = signal.SIGTERM
     # A foreign server can't watch its parent's pipe: a guard does that for it and sends these, 4 s apart.
     guarded: bool = False

@@ -62,17 +62,17 @@ def launch(data: Path, socket_folder: Path, *, log: Path) -> Launch:
     )
 
 
-async def initialize(data: Path) -> bool:
-    """Makes the data folder if there is none; says whether it did. A half-made one is never taken for a whole one."""
-    if data.exists():
-        _check_version(data)
+def is_initialized(data: Path) -> bool:
+    """Whether the data folder is there; StartError when it is of another PostgreSQL."""
+    if not data.exists():
         return False
-    growing = data.with_name(data.name + ".new")
-    shutil.rmtree(growing, ignore_errors=True)
-    growing.mkdir(mode=0o700, parents=True)
-    if os.geteuid() == 0:
-        account = _server_account()
-        os.chown(growing, account.pw_uid, account.pw_gid)
+    _check_version(data)
+    return True
+
+
+async def initialize(data: Path) -> None:
+    """Makes the data folder, whole or not at all."""
+    growing = _empty_folder(data.with_name(data.name + ".new"))
     await _run(
         "initdb",
         f"--pgdata={growing}",
@@ -86,13 +86,22 @@ async def initialize(data: Path) -> bool:
     )
     await _run("postgres", "--single", "-D", str(growing), "postgres", text=f"CREATE DATABASE {DATABASE}\n")
     growing.rename(data)
-    return True
 
 
 def running_pid(data: Path) -> int | None:
     """The pid that the data folder's server left in its lock file, dead or alive."""
     lines = _lock_lines(data)
     return int(lines[0]) if lines and lines[0].strip().isdigit() else None
+
+
+def _empty_folder(path: Path) -> Path:
+    """A new folder of the server's account; what a half-made one holds is worth nothing."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700, parents=True)
+    if os.geteuid() == 0:
+        account = _server_account()
+        os.chown(path, account.pw_uid, account.pw_gid)
+    return path
 
 
 def _check_version(data: Path) -> None:
@@ -106,7 +115,7 @@ def _check_version(data: Path) -> None:
         )
 
 
-async def _clear(data: Path, socket_folder: Path) -> None:
+def _clear(data: Path, socket_folder: Path) -> None:
     """Takes away what a server that was killed has left. Only for the holder of the data folder's lock."""
     pid = running_pid(data)
     if pid is not None and _is_postgres(pid):
