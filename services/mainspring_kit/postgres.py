@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -13,12 +13,23 @@ from urllib.parse import unquote, urlsplit
 import asyncpg
 from pogo_core.util import migrate as pogo
 
+from mainspring_kit.errors import MainspringError, Reason
+
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
     Pool = asyncpg.Pool[asyncpg.Record]
 
 STATEMENT_SECONDS_MAX: Final = 30.0
 CONNECT_SECONDS_MAX: Final = 10.0
+# What asyncpg raises when the server is away, going, coming, full or silent.
+UNREACHABLE: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.InternalClientError,
+)
 
 _SETTINGS: Final = {"application_name": "mainspring", "jit": "off", "timezone": "UTC"}
 _MIGRATION_LOCK: Final = 7_236_480_151
@@ -45,12 +56,26 @@ async def connect_one(url: str) -> asyncpg.Connection[asyncpg.Record]:
     )
 
 
+@contextmanager
+def reachable() -> Iterator[None]:
+    """Turns the server's absence within the block into PEER_UNAVAILABLE."""
+    try:
+        yield
+    except UNREACHABLE as error:
+        raise MainspringError(
+            Reason.PEER_UNAVAILABLE,
+            f"PostgreSQL cannot be reached ({type(error).__name__}): try again soon.",
+            peer="postgresql",
+        ) from error
+
+
 @asynccontextmanager
 async def as_user(pool: Pool, tenant_id: str, user_id: str) -> AsyncIterator[Connection]:
     """A transaction in which row-level security shows what this user may see, and nothing else."""
-    async with pool.acquire(timeout=CONNECT_SECONDS_MAX) as connection, connection.transaction():
-        await connection.execute(_SET_USER, tenant_id, user_id)
-        yield connection
+    with reachable():
+        async with pool.acquire(timeout=CONNECT_SECONDS_MAX) as connection, connection.transaction():
+            await connection.execute(_SET_USER, tenant_id, user_id)
+            yield connection
 
 
 def load_queries(package: str) -> dict[str, str]:

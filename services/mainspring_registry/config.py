@@ -1,0 +1,27 @@
+"""What an operator can change in the registry."""
+
+from __future__ import annotations
+
+from mainspring_kit.config import ServiceSettings
+from pydantic import Field
+
+
+class RegistrySettings(ServiceSettings):
+    """The registry's settings; environment names are the fields' with `MAINSPRING_` before them."""
+
+    listen: str = Field(
+        "127.0.0.1:50051", pattern=r"^[^\s]+:\d{1,5}$", description="host:port to serve on; port 0: any"
+    )
+    database_url: str = Field(pattern=r"^postgres(ql)?://", description="PostgreSQL, as the role mainspring_registry")
+    database_connections_max: int = Field(
+        8, ge=1, le=100, description="PostgreSQL connections for calls; one more listens"
+    )
+    watchers_max: int = Field(256, ge=1, le=10_000, description="WatchCatalog streams served at once")
+
+
+class MigrateSettings(RegistrySettings):
+    """What `migrate` needs besides."""
+
+    owner_database_url: str = Field(
+        pattern=r"^postgres(ql)?://", description="PostgreSQL, as a role that may create roles and schemas"
+    )

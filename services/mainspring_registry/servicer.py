@@ -1,0 +1,80 @@
+"""The registry as the wire sees it: mainspring.v1.RegistryService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from jsonschema import Draft202012Validator
+from mainspring.v1 import registry_pb2 as pb
+from mainspring.v1 import registry_pb2_grpc as rpc
+from mainspring_kit.identity import caller_variable, current_context
+from mainspring_kit.interceptors import ServicerContext
+
+from mainspring_registry.core import catalog
+from mainspring_registry.core.spec import read_agent
+from mainspring_registry.core.tools import read_tools
+from mainspring_registry.engine import CatalogWatch
+from mainspring_registry.store import Store
+
+
+class RegistryServicer(rpc.RegistryServiceServicer):
+    """Unpacks, calls, packs. The rpcs that it lacks are of later releases and answer so."""
+
+    def __init__(self, store: Store, watch: CatalogWatch, *, schema: Draft202012Validator) -> None:
+        self._store = store
+        self._watch = watch
+        self._schema = schema
+
+    async def RegisterAgent(
+        self, request: pb.RegisterAgentRequest, context: ServicerContext
+    ) -> pb.RegisterAgentResponse:
+        """See registry.proto."""
+        user = current_context()
+        # In a thread: a large document takes long enough to hold up every stream of the process.
+        agent = await asyncio.to_thread(read_agent, request.document, self._schema)
+        stored, created = await self._store.register_agent(user, agent)
+        return pb.RegisterAgentResponse(agent=stored, created=created)
+
+    async def GetAgent(self, request: pb.GetAgentRequest, context: ServicerContext) -> pb.GetAgentResponse:
+        """See registry.proto."""
+        name = catalog.read_name(request.name)
+        version = catalog.read_version(name, request.version)
+        return pb.GetAgentResponse(agent=await self._store.get_agent(current_context(), name, version=version))
+
+    async def ListAgents(self, request: pb.ListAgentsRequest, context: ServicerContext) -> pb.ListAgentsResponse:
+        """See registry.proto."""
+        agents, token = await self._store.list_agents(current_context(), catalog.read_filters(request))
+        return pb.ListAgentsResponse(agents=agents, next_page_token=token)
+
+    async def ListVersions(self, request: pb.ListVersionsRequest, context: ServicerContext) -> pb.ListVersionsResponse:
+        """See registry.proto."""
+        catalog.read_name(request.name)
+        agents, token = await self._store.list_versions(current_context(), request)
+        return pb.ListVersionsResponse(agents=agents, next_page_token=token)
+
+    async def ResolveAgent(self, request: pb.ResolveAgentRequest, context: ServicerContext) -> pb.ResolveAgentResponse:
+        """See registry.proto."""
+        name = catalog.read_name(request.name)
+        version = catalog.resolve_version(request)
+        return pb.ResolveAgentResponse(agent=await self._store.get_agent(current_context(), name, version=version))
+
+    async def RegisterTools(
+        self, request: pb.RegisterToolsRequest, context: ServicerContext
+    ) -> pb.RegisterToolsResponse:
+        """See registry.proto."""
+        user = caller_variable.get().context
+        tools = await asyncio.to_thread(read_tools, request.tools, shared=user is None)
+        return pb.RegisterToolsResponse(tools=await self._store.register_tools(user, tools))
+
+    async def ListTools(self, request: pb.ListToolsRequest, context: ServicerContext) -> pb.ListToolsResponse:
+        """See registry.proto."""
+        tools, token = await self._store.list_tools(current_context(), request)
+        return pb.ListToolsResponse(tools=tools, next_page_token=token)
+
+    async def WatchCatalog(
+        self, request: pb.WatchCatalogRequest, context: ServicerContext
+    ) -> AsyncIterator[pb.WatchCatalogResponse]:
+        """See registry.proto."""
+        async for frame in self._watch.frames(request.after_revision):
+            yield frame
