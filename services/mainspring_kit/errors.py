@@ -54,7 +54,8 @@ def _read_rules() -> Mapping[str, Rule]:
 
 RULES: Final = _read_rules()
 
-_HTTP_BY_CODE: Final = {rule.code: rule.http_status for rule in RULES.values() if rule.name != "PAYLOAD_TOO_LARGE"}
+# The first reason of a code is its plainest one.
+_HTTP_BY_CODE: Final = {rule.code: rule.http_status for rule in reversed(RULES.values())}
 
 
 class _Reasons:

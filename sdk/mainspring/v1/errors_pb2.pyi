@@ -122,6 +122,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE: the worker died in mid-call; what the call did is not known. Metadata: tool, call_id."""
     ERROR_REASON_TOOL_CANCELLED: _ErrorReason.ValueType  # 56
     """CANCELLED: the call was cancelled. Metadata: tool, call_id."""
+    ERROR_REASON_METHOD_NOT_ALLOWED: _ErrorReason.ValueType  # 60
+    """UNIMPLEMENTED: the path exists, but not with this HTTP method. Metadata: method, allowed. Use an allowed one."""
+    ERROR_REASON_MEDIA_TYPE_REFUSED: _ErrorReason.ValueType  # 61
+    """INVALID_ARGUMENT: the body is of a media type that is not read here. Metadata: content_type, accepted."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The machine reason of an error: google.rpc.ErrorInfo.reason is the name of one of
@@ -225,6 +229,10 @@ ERROR_REASON_WORKER_LOST: ErrorReason.ValueType  # 55
 """UNAVAILABLE: the worker died in mid-call; what the call did is not known. Metadata: tool, call_id."""
 ERROR_REASON_TOOL_CANCELLED: ErrorReason.ValueType  # 56
 """CANCELLED: the call was cancelled. Metadata: tool, call_id."""
+ERROR_REASON_METHOD_NOT_ALLOWED: ErrorReason.ValueType  # 60
+"""UNIMPLEMENTED: the path exists, but not with this HTTP method. Metadata: method, allowed. Use an allowed one."""
+ERROR_REASON_MEDIA_TYPE_REFUSED: ErrorReason.ValueType  # 61
+"""INVALID_ARGUMENT: the body is of a media type that is not read here. Metadata: content_type, accepted."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
