@@ -22,7 +22,7 @@ BILL ?=
 # Arguments for `make dev`: modules with tools, options.
 ARGS ?=
 
-.PHONY: help setup run dev test test-long check fmt proto baseline bench lock clean
+.PHONY: help setup run dev test test-long check fmt proto docs baseline bench lock clean
 .PHONY: check-style check-types check-contracts check-generated check-manifests check-tidy
 
 help: ## Show this list
@@ -104,6 +104,9 @@ endef
 proto: $(READY) ## Generate the Python code of the contracts
 	@buf lint
 	@$(call generate,sdk)
+
+docs: $(READY) ## Write the tables of settings and errors into docs/
+	@python -m tests.tidy.tables
 
 baseline: $(READY) ## Record the contracts as released: what `buf breaking` compares with from now on
 	@mkdir -p $(dir $(BASELINE))

@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Iterator
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ import yaml
 from mainspring_kit.config import ENVIRONMENT_PREFIX, ServiceSettings
 
 from tests.tidy.source import ROOT, SERVICES
+from tests.tidy.tables import settings_classes
 
 pytestmark = pytest.mark.tidy
 
@@ -36,19 +36,6 @@ def shared_environment() -> dict[str, str]:
     return dict(literal.split("=", 1) for literal in generator["literals"])
 
 
-def settings_class(service: str) -> type[ServiceSettings]:
-    """The settings that the process of this service reads."""
-    config = import_module(f"mainspring_{service}.config")
-    candidates = [
-        value
-        for value in vars(config).values()
-        if isinstance(value, type) and issubclass(value, ServiceSettings) and value.__module__ == config.__name__
-    ]
-    serving = [candidate for candidate in candidates if "migrat" not in candidate.__name__.lower()]
-    assert len(serving) == 1, f"mainspring_{service}.config: one settings class serves"
-    return serving[0]
-
-
 def deployment(service: str) -> Manifest:
     """The Deployment of a service."""
     return next(document for document in base(service) if document["kind"] == "Deployment")
@@ -62,15 +49,15 @@ def workloads() -> Iterator[tuple[str, Manifest]]:
                 yield document["metadata"]["name"], document["spec"]["template"]["spec"]
 
 
-def environment_faults(service: str, manifest: Manifest) -> list[str]:
+def environment_faults(pod: Manifest, settings: type[ServiceSettings]) -> list[str]:
     """Variables that the settings do not know, and settings without a value or default."""
-    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    (container,) = pod["containers"]
     own = {variable["name"] for variable in container["env"]}
-    fields = settings_class(service).model_fields
-    known = {ENVIRONMENT_PREFIX + name.upper(): field for name, field in fields.items()}
-    faults = [f"{service} reads no {name}" for name in sorted(own - known.keys())]
+    shared = set(shared_environment()) if container.get("envFrom") else set()
+    known = {ENVIRONMENT_PREFIX + name.upper(): field for name, field in settings.model_fields.items()}
     needed = {name for name, field in known.items() if field.is_required()}
-    return faults + [f"{service} is not given {name}" for name in sorted(needed - own - shared_environment().keys())]
+    faults = [f"{settings.__name__} reads no {name}" for name in sorted(own - known.keys())]
+    return faults + [f"{settings.__name__} is not given {name}" for name in sorted(needed - own - shared)]
 
 
 def loose_pod(name: str, pod: Manifest) -> list[str]:
@@ -119,11 +106,21 @@ def test_migrations_run_for_every_service_that_has_them() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_settings_and_manifests_agree(service: str) -> None:
-    assert environment_faults(service, deployment(service)) == []
+    pod = deployment(service)["spec"]["template"]["spec"]
+    assert environment_faults(pod, settings_classes(service)[0]) == []
+
+
+def test_settings_and_migrations_agree() -> None:
+    for document in base("migrate"):
+        pod = document["spec"]["template"]["spec"]
+        service = pod["containers"][0]["args"][2].removeprefix("mainspring_")
+        assert environment_faults(pod, settings_classes(service)[-1]) == []
 
 
 def test_shared_settings_are_read_by_somebody() -> None:
-    known = {ENVIRONMENT_PREFIX + name.upper() for service in SERVICES for name in settings_class(service).model_fields}
+    known = {
+        ENVIRONMENT_PREFIX + name.upper() for service in SERVICES for name in settings_classes(service)[0].model_fields
+    }
     assert shared_environment().keys() - known == set()
 
 
@@ -186,11 +183,11 @@ def test_the_image_copies_what_exists() -> None:
 
 
 def test_a_strange_or_missing_variable_is_found() -> None:
-    manifest = copy.deepcopy(deployment("state"))
-    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    pod = copy.deepcopy(deployment("state")["spec"]["template"]["spec"])
+    (container,) = pod["containers"]
     container["env"] = [entry for entry in container["env"] if entry["name"] != "MAINSPRING_DATABASE_URL"]
     container["env"].append({"name": "MAINSPRING_DATABASE_URI", "value": "x"})
-    assert len(environment_faults("state", manifest)) == 2
+    assert len(environment_faults(pod, settings_classes("state")[0])) == 2
 
 
 def test_a_loose_pod_is_found() -> None:

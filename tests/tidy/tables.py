@@ -1,0 +1,84 @@
+"""The tables in docs/ that are made from the code: `python -m tests.tidy.tables` writes them anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from typing import Final
+
+from google.rpc import code_pb2
+from mainspring.v1 import errors_pb2
+from mainspring_kit.config import ENVIRONMENT_PREFIX, ServiceSettings
+from pydantic.fields import FieldInfo
+
+from tests.tidy.source import ROOT, SERVICES
+from tests.tidy.test_contracts import documented_reasons
+
+MARKED: Final = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def settings_classes(service: str) -> list[type[ServiceSettings]]:
+    """The settings classes of a service: the serving one first, then what its other commands read."""
+    config = import_module(f"mainspring_{service}.config")
+    found = [
+        value
+        for value in vars(config).values()
+        if isinstance(value, type) and issubclass(value, ServiceSettings) and value.__module__ == config.__name__
+    ]
+    return sorted(found, key=lambda value: len(value.__mro__))
+
+
+def settings() -> str:
+    """Every variable that a process reads, the common ones first."""
+    readers: dict[str, dict[str, FieldInfo]] = {}
+    for service in SERVICES:
+        serving, *others = settings_classes(service)
+        for name, field in serving.model_fields.items():
+            readers.setdefault(name, {})[service] = field
+        for other in others:
+            for name, field in other.model_fields.items():
+                if name not in serving.model_fields:
+                    readers.setdefault(name, {})[f"{service} migrate"] = field
+    lines = ["| variable | default | what it is | read by |", "|---|---|---|---|"]
+    for name in sorted(readers, key=lambda name: (len(readers[name]) < len(SERVICES), name)):
+        fields = list(readers[name].values())
+        who = "all" if len(fields) == len(SERVICES) else ", ".join(readers[name])
+        defaults = ", ".join(dict.fromkeys(_default(field) for field in fields))
+        lines.append(f"| `{ENVIRONMENT_PREFIX}{name.upper()}` | {defaults} | {fields[0].description} | {who} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default_factory is not None:
+        return "made"
+    return f"`{field.default}`" if field.default != "" else "none"
+
+
+def errors() -> str:
+    """Every reason with its ways out and its metadata."""
+    reasons = documented_reasons()
+    lines = ["| reason | gRPC | HTTP | socket closes | metadata |", "|---|---|---|---|---|"]
+    for value in errors_pb2.ErrorReason.DESCRIPTOR.values:
+        if value.number:
+            rule = value.GetOptions().Extensions[errors_pb2.rule]
+            name = value.name.removeprefix("ERROR_REASON_")
+            code = "any" if rule.code == code_pb2.UNKNOWN else code_pb2.Code.Name(rule.code)
+            keys = ", ".join(sorted(reasons[name][1])) or "–"
+            lines.append(f"| {name} | {code} | {rule.http_status} | {rule.close_code or '–'} | {keys} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES: Final[dict[str, Callable[[], str]]] = {"settings": settings, "errors": errors}
+
+
+def with_tables(page: str) -> str:
+    """A page with each marked table made anew."""
+    return MARKED.sub(lambda match: match[1] + TABLES[match["name"]]() + match[3], page)
+
+
+if __name__ == "__main__":
+    for path in (ROOT / "docs").glob("*.md"):
+        path.write_text(with_tables(path.read_text()))
