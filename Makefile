@@ -55,7 +55,7 @@ test-long: $(READY) ## Run the long tests: faults, loads, drills
 	@python -m pytest -m long
 
 check: $(READY) ## Everything a change must pass besides the tests; works offline
-	@$(MAKE) -j2 --output-sync=target check-types check-style check-contracts check-generated check-manifests check-tidy
+	@$(MAKE) --keep-going -j2 --output-sync=target check-types check-style check-contracts check-generated check-manifests check-tidy
 	@echo "check: all good"
 
 check-style:
