@@ -6,8 +6,8 @@ import asyncio
 import inspect
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, overload
 
 POLL_SECONDS = 0.02
 DEADLINE_SECONDS = 20.0
@@ -19,14 +19,21 @@ class DeadlineMissedError(AssertionError):
     """The condition did not come true in time; the message says which one, and what was seen last."""
 
 
+@overload
 async def wait_until(
-    condition: Callable[[], Awaitable[Seen] | Seen],
-    deadline: float = DEADLINE_SECONDS,
-    *,
-    what: str = "",
-    poll_seconds: float = POLL_SECONDS,
-) -> Seen:
-    """Asks `condition` (plain or async) until it answers something true, and returns that; `deadline` is in seconds."""
+    condition: Callable[[], Coroutine[Any, Any, Seen]], deadline: float = ..., *, what: str = ...
+) -> Seen: ...
+
+
+@overload
+async def wait_until(condition: Callable[[], Seen], deadline: float = ..., *, what: str = ...) -> Seen: ...
+
+
+async def wait_until(condition: Callable[[], Any], deadline: float = DEADLINE_SECONDS, *, what: str = "") -> Any:
+    """Asks `condition` (plain or async) until it answers something true, and returns that; `deadline` is in seconds.
+
+    Any: only the overloads know whether the condition has to be awaited.
+    """
     end = time.monotonic() + deadline
     never = asyncio.Event()
     while True:
@@ -37,7 +44,7 @@ async def wait_until(
         if time.monotonic() >= end:
             raise DeadlineMissedError(f"{what or _name(condition)} did not come true in {deadline} s; last: {seen!r}")
         try:
-            await asyncio.wait_for(never.wait(), poll_seconds)
+            await asyncio.wait_for(never.wait(), POLL_SECONDS)
         except TimeoutError:
             continue
 

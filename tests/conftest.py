@@ -1,4 +1,4 @@
-"""The rules of the whole suite: asyncio debug is on, and what a loop could not tell anybody fails the test."""
+"""The rules of the whole suite: asyncio debug is on, an error that a loop could tell nobody fails the test."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import asyncio
 import gc
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from test_framework.fixtures.real_services import private_stack, real_services_fixture
 
 __all__ = ["private_stack", "real_services_fixture"]
+
+TESTS = Path(__file__).parent
+FOLDERS_THAT_ARE_CATEGORIES = {"unit", "contract", "integration", "flow", "tidy"}
 
 # grpc.aio wakes every loop of the process for the events of any (grpc/grpc#23377); one that finds none says so.
 _GRPC_POLLER = "PollerCompletionQueue"
@@ -42,6 +46,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure() -> None:
     """Takes back what pytest_configure did."""
     logging.getLogger("asyncio").removeHandler(_loop_errors)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test with its folder's category, before `-m` looks at the markers."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in FOLDERS_THAT_ARE_CATEGORIES:
+            item.add_marker(folder)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,127 @@
+"""A running stack as tests see it: where everything is, the rows behind it, and how to kill its processes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mainspring.dev
+import redis.asyncio
+
+from test_framework.identities import Identities
+from test_framework.loop_thread import LoopThread
+from test_framework.rows import Rows
+from test_framework.waiting import wait_until
+
+ROOT = Path(__file__).parents[1]
+WORKER_MODULES = ("test_framework.tools",)
+PROCESSES = ("registry", "dispatcher", "execution", "state", "gateway")
+
+T = TypeVar("T")
+
+
+class Stack:
+    """All of the platform, in real processes. What stops, kills or flushes is for private stacks only."""
+
+    def __init__(self, running: mainspring.dev.Stack, loop: LoopThread, *, private: bool) -> None:
+        self._running = running
+        self._loop = loop
+        self._private = private
+        self.identities = Identities(running.auth_secret, running.service_secret)
+        self.rows = Rows(running.database_url, running.service_database_urls)
+
+    @property
+    def gateway(self) -> str:
+        """The URL of the first gateway."""
+        return self._running.gateway
+
+    @property
+    def gateways(self) -> Sequence[str]:
+        """The URLs of all gateways."""
+        return self._running.gateways
+
+    @property
+    def services(self) -> Mapping[str, Sequence[str]]:
+        """The addresses of each gRPC service's replicas."""
+        return {name: addresses.split(",") for name, addresses in self._running.services.items()}
+
+    @property
+    def pids(self) -> Mapping[str, list[int]]:
+        """The processes that live now, by name."""
+        return self._running.pids
+
+    async def kill(self, name: str, *, index: int = 0) -> None:
+        """Kills a process with SIGKILL; it is dead when this returns, and is started again soon."""
+        pid = self.pids[name][index]
+        await self._trouble(self._running.kill(name, index=index))
+        await wait_until(lambda: pid not in self.pids.get(name, []), what=f"the end of {name}")
+
+    async def stop(self, name: str, *, index: int = 0) -> None:
+        """Stops a process and keeps it down until `start`."""
+        await self._trouble(self._running.stop(name, index=index))
+
+    async def start(self, name: str, *, index: int = 0) -> None:
+        """Starts what `stop` has stopped, and waits until it serves."""
+        await self._trouble(self._running.start(name, index=index))
+
+    async def restart(self, name: str, *, index: int = 0) -> None:
+        """Stops a process as an operator would, starts it again and waits until it serves."""
+        await self._trouble(self._running.restart(name, index=index))
+
+    async def wait_ready(self) -> None:
+        """Returns when every process serves."""
+        await self._there(self._running.wait_ready())
+
+    async def flush_redis(self) -> int:
+        """Empties Redis; returns how many keys it held."""
+        assert self._private, "the shared stack's Redis is not this test's own"
+        client = redis.asyncio.Redis.from_url(self._running.redis_url)
+        try:
+            count: int = await client.dbsize()
+            await client.flushall()
+            return count
+        finally:
+            await client.aclose()
+
+    def log_text(self, name: str, index: int = 0) -> str:
+        """What a process has logged so far."""
+        return self._running.log(name, index).read_text(encoding="utf-8", errors="replace")
+
+    async def _trouble(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        if not self._private:
+            coroutine.close()
+            raise AssertionError("a test that stops or kills a process needs a private stack")
+        await self._there(coroutine)
+
+    async def _there(self, coroutine: Coroutine[Any, Any, T]) -> T:  # Any: a coroutine's own affair
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop.loop))
+
+
+@contextmanager
+def running_stack(
+    *,
+    private: bool,
+    database_url: str = "",
+    redis_url: str = "",
+    replicas: Mapping[str, int] | None = None,
+    extra_env: Mapping[str, str] | None = None,
+) -> Iterator[Stack]:
+    """A stack that serves while the block runs; without URLs it brings its own PostgreSQL and Valkey."""
+    loop = LoopThread("stack")
+    try:
+        running = loop.open(
+            lambda: mainspring.dev.stack(
+                workers=WORKER_MODULES,
+                database_url=database_url,
+                redis_url=redis_url,
+                replicas=replicas,
+                # The worker finds the tests' tools as pytest does.
+                extra_env={"PYTHONPATH": str(ROOT), **(extra_env or {})},
+            )
+        )
+        yield Stack(running, loop, private=private)
+    finally:
+        loop.close()
