@@ -96,6 +96,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ALREADY_EXISTS: a session with this id exists. Metadata: session_id."""
     ERROR_REASON_RUN_EXISTS: _ErrorReason.ValueType  # 38
     """ABORTED: a run of this id exists already. Metadata: run_id."""
+    ERROR_REASON_SESSION_BUSY: _ErrorReason.ValueType  # 39
+    """FAILED_PRECONDITION: a run of the session is under way and the policy refuses others. Metadata: session_id."""
     ERROR_REASON_RUN_TIMED_OUT: _ErrorReason.ValueType  # 40
     """DEADLINE_EXCEEDED: the run passed its deadline. Metadata: run_id, timeout_seconds."""
     ERROR_REASON_RUN_POISONED: _ErrorReason.ValueType  # 41
@@ -203,6 +205,8 @@ ERROR_REASON_SESSION_EXISTS: ErrorReason.ValueType  # 37
 """ALREADY_EXISTS: a session with this id exists. Metadata: session_id."""
 ERROR_REASON_RUN_EXISTS: ErrorReason.ValueType  # 38
 """ABORTED: a run of this id exists already. Metadata: run_id."""
+ERROR_REASON_SESSION_BUSY: ErrorReason.ValueType  # 39
+"""FAILED_PRECONDITION: a run of the session is under way and the policy refuses others. Metadata: session_id."""
 ERROR_REASON_RUN_TIMED_OUT: ErrorReason.ValueType  # 40
 """DEADLINE_EXCEEDED: the run passed its deadline. Metadata: run_id, timeout_seconds."""
 ERROR_REASON_RUN_POISONED: ErrorReason.ValueType  # 41

@@ -447,7 +447,9 @@ class ClaimedRun(_message.Message):
     """How often it was taken over in mid-run; 0: it comes from the queue."""
     @_builtins.property
     def run(self) -> _types_pb2.Run:
-        """The run with its new epoch; QUEUED runs come as RUNNING with last_seq 0."""
+        """The run with its new epoch. One whose turn has come is RUNNING with last_seq 0; one that is still
+        QUEUED comes for its input or its deadline before its turn, and can only be ended.
+        """
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunInput]:
