@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Final
 
 from rich.console import Console
@@ -37,6 +38,10 @@ class Screen:
         self._status: Status | None = None
         self._is_up = False
         self._is_stopping = False
+
+    def starting(self, data_dir: Path) -> None:
+        """The first line."""
+        self._console.print(Text.assemble(("Mainspring", "bold"), f" starts; its data is in {data_dir}"))
 
     def step_began(self, what: str) -> None:
         """Shows that it is under way, where a line can be taken back."""
@@ -81,10 +86,6 @@ class Screen:
         if self._status is not None:
             self._status.stop()
         self._console.print("Stopping: worker, gateway, execution, dispatcher, registry, state, Valkey, PostgreSQL.")
-
-    def stopped(self, *, seconds: float) -> None:
-        """The end."""
-        self._console.print(Text(f"Stopped in {seconds:.1f} s; the data stays.", style="bold"))
 
     async def show(self, lines: AsyncIterator[LogLine]) -> None:
         """Prints what reaches the level, one process's prefix beside another's."""

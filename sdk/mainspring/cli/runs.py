@@ -1,0 +1,184 @@
+"""The commands that start, follow, read and cancel runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from contextlib import aclosing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mainspring.cli.connection import DATA_DIR, AsJson, DataDir, connect
+from mainspring.cli.output import EventPrinter, local_time, print_json, print_table
+from mainspring.client import Client, Event
+
+runs = typer.Typer(help="Read, follow and cancel runs.", no_args_is_help=True, rich_markup_mode="markdown")
+
+RunId = Annotated[str, typer.Argument(metavar="RUN_ID")]
+Session = Annotated[str, typer.Option("--session", metavar="S", help="The conversation that the run is part of.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands."""
+    app.command()(run)
+    app.add_typer(runs, name="runs")
+
+
+def run(
+    agent: Annotated[str, typer.Argument(metavar="AGENT")],
+    *,
+    run_input: Annotated[
+        str, typer.Option("--input", metavar="JSON", help="A JSON object, @FILE, or - to read it.")
+    ] = "{}",
+    session: Session = "",
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Stay until the run has ended.")] = True,
+    as_json: AsJson = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Starts a run and prints its events as they arrive, then the answer.
+
+    Examples: `mainspring run lookup --input '{"value": 42}'`,
+    `mainspring run lookup --input @input.json --json`.
+
+    Exit codes: 0 completed, 1 failed, cancelled or timed out, 2 wrong usage. With --json one frame a line.
+    """
+    value = _read_input(run_input)
+    ended = asyncio.run(_run(connect(data_dir), agent, value, session=session, follow=follow, as_json=as_json))
+    if ended is not None and ended.type != "agent_completed":
+        raise typer.Exit(1)
+
+
+@runs.command("list")
+def list_runs(
+    *,
+    session: Session = "",
+    agent: Annotated[str, typer.Option(metavar="NAME")] = "",
+    state: Annotated[str, typer.Option(metavar="STATE", help="QUEUED, RUNNING, COMPLETED, FAILED, …")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=500)] = 20,
+    as_json: AsJson = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Lists your runs, newest first.
+
+    Example: `mainspring runs list --state RUNNING`
+    """
+    query = {"session_id": session, "agent": agent, "state": state, "page_size": str(limit)}
+    page = asyncio.run(_call(connect(data_dir), "GET", "/v1/runs", query={k: v for k, v in query.items() if v}))
+    if as_json:
+        print_json(page)
+        return
+    rows = (
+        [run["run_id"], run["agent"], run["state"], run["session_id"], local_time(run.get("create_time", ""))]
+        for run in page["runs"]
+    )
+    print_table(["RUN", "AGENT", "STATE", "SESSION", "CREATED"], rows, empty="No runs.")
+    if page.get("next_page_token"):
+        sys.stderr.write("There are more: --limit shows up to 500.\n")
+
+
+@runs.command("get")
+def get_run(run_id: RunId, *, data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
+    """Shows a run as it stands.
+
+    Example: `mainspring runs get 0193a3f0-…`
+    """
+    found = asyncio.run(_call(connect(data_dir), "GET", f"/v1/runs/{run_id}"))
+    print_json(found, is_line=as_json)
+
+
+@runs.command("events")
+def events(
+    run_id: RunId,
+    *,
+    after_seq: Annotated[int, typer.Option(min=0, metavar="N", help="Only events after this number.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", help="Stay for the events to come.")] = False,
+    as_json: AsJson = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Prints a run's log; with --json one event a line.
+
+    Example: `mainspring runs events 0193a3f0-… --follow --after-seq 3`
+    """
+    asyncio.run(_events(connect(data_dir), run_id, after_seq=after_seq, follow=follow, as_json=as_json))
+
+
+@runs.command("cancel")
+def cancel(
+    run_id: RunId,
+    *,
+    reason: Annotated[str, typer.Option(metavar="TEXT")] = "",
+    as_json: AsJson = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Asks for the end of a run; the log tells when it has ended.
+
+    Example: `mainspring runs cancel 0193a3f0-… --reason "no longer needed"`
+    """
+    body = {"reason": reason} if reason else {}
+    answer = asyncio.run(_call(connect(data_dir), "POST", f"/v1/runs/{run_id}:cancel", body=body))
+    if as_json:
+        print_json(answer)
+    else:
+        sys.stdout.write(f"{run_id} will be cancelled: mainspring runs events {run_id} --follow\n")
+
+
+def _read_input(text: str) -> dict[str, Any]:
+    try:
+        if text == "-":
+            text = sys.stdin.read()
+        elif text.startswith("@"):
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        value = json.loads(text)
+    except OSError as error:
+        raise typer.BadParameter(f"{text[1:]} can't be read: {error.strerror}.", param_hint="--input") from error
+    except ValueError as error:
+        raise typer.BadParameter(f"it is not JSON: {error}.", param_hint="--input") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter('it is JSON, but not an object such as {"value": 42}.', param_hint="--input")
+    return value
+
+
+async def _run(
+    client: Client, agent: str, *, value: dict[str, Any], session: str, follow: bool, as_json: bool
+) -> Event | None:
+    async with client:
+        if not follow:
+            started = await client.start(agent, value, session_id=session)
+            if as_json:
+                print_json({"run_id": started.run_id, "state": started.state})
+            else:
+                sys.stdout.write(f"{started.run_id} {started.state}\n")
+            return None
+        printer = EventPrinter()
+        async with aclosing(client.stream(agent, value, session_id=session)) as stream:
+            async for event in stream:
+                if as_json:
+                    print_json(event.frame, is_line=True)
+                else:
+                    if event.seq == 1:
+                        sys.stdout.write(f"run {event.run_id}\n")
+                    printer.show(event)
+                if event.is_terminal:
+                    break
+        if event.type == "agent_completed" and not as_json:
+            print_json(event.data.get("result"))
+        return event
+
+
+async def _events(client: Client, run_id: str, *, after_seq: int, follow: bool, as_json: bool) -> None:
+    printer = EventPrinter()
+    read = client.follow if follow else client.events
+    async with client, aclosing(read(run_id, after_seq=after_seq)) as found:
+        async for event in found:
+            if as_json:
+                print_json(event.frame, is_line=True)
+            else:
+                printer.show(event)
+
+
+async def _call(client: Client, method: str, path: str, **given: Any) -> dict[str, Any]:  # Any: as Client.request takes
+    async with client:
+        return await client.request(method, path, **given)

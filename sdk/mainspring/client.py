@@ -1,0 +1,300 @@
+"""The asynchronous client: starts, follows, reads and cancels runs over the gateway's HTTP and WebSocket.
+
+async with Client("http://127.0.0.1:8080", token) as client:
+    async for event in client.stream("lookup", {"value": "forty-two"}):
+        print(event.seq, event.type, event.data)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Self
+
+import aiohttp
+
+SUBPROTOCOL: Final = "mainspring.v1.json"
+TERMINAL: Final = frozenset({"agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"})
+# Close codes after which the same socket may be opened again; 4429 and 1013 after a delay like the others.
+RETRYABLE_CLOSE: Final = frozenset({1001, 1006, 1011, 1012, 1013, 4008, 4408, 4429})
+REQUEST_SECONDS: Final = 30.0
+RECONNECT_SECONDS_MAX: Final = 10.0
+RECONNECT_TRIES_MAX: Final = 60
+
+_RECONNECT_SECONDS_FIRST: Final = 0.05
+_FRAME_BYTES_MAX: Final = 20 << 20
+_HEARTBEAT_SECONDS: Final = 20.0
+
+
+class ApiError(Exception):
+    """The platform refused or failed. `reason` is stable and for programs, the message says what to do next."""
+
+    def __init__(self, message: str, *, code: str, reason: str, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.metadata = dict(metadata or {})
+
+
+class GatewayUnreachableError(ApiError):
+    """The gateway can't be reached."""
+
+    def __init__(self, url: str, why: object) -> None:
+        super().__init__(
+            f"The gateway at {url} can't be reached ({why}). Is it running? Start one here with: mainspring dev",
+            code="UNAVAILABLE",
+            reason="GATEWAY_UNREACHABLE",
+            metadata={"url": url},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The durable beginning of a run."""
+
+    run_id: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a run's log, as the page on events describes it; `frame` is all of it. Any: JSON."""
+
+    type: str
+    run_id: str
+    seq: int
+    data: Mapping[str, Any]
+    frame: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether it is the run's last."""
+        return self.type in TERMINAL
+
+
+@dataclass(slots=True)
+class _Position:
+    """How far a run has been followed."""
+
+    run_id: str = ""
+    after_seq: int = 0
+
+    def frame(self) -> dict[str, Any]:
+        """What follows it from here."""
+        return {"op": "follow", "id": "follow", "run_id": self.run_id, "after_seq": self.after_seq}
+
+    def passes(self, frame: Mapping[str, Any]) -> bool:
+        """Whether an event is new; it then is the position."""
+        if frame["seq"] <= self.after_seq:
+            return False
+        self.run_id, self.after_seq = frame["run_id"], frame["seq"]
+        return True
+
+
+class _Backoff:
+    """How long to wait before a socket is opened again. One that never opened is not tried again."""
+
+    def __init__(self) -> None:
+        self._has_worked = False
+        self._tries = 0
+
+    def reset(self) -> None:
+        """The socket works."""
+        self._has_worked = True
+        self._tries = 0
+
+    def is_exhausted(self) -> bool:
+        """Whether the last failure is to be told."""
+        return not self._has_worked or self._tries >= RECONNECT_TRIES_MAX
+
+    def next_seconds(self) -> float:
+        """Longer each time, and never the same for two clients."""
+        longest = min(_RECONNECT_SECONDS_FIRST * 2**self._tries, RECONNECT_SECONDS_MAX)
+        self._tries += 1
+        return random.uniform(longest / 2, longest)
+
+
+class Client:
+    """One user's access to one gateway. Use it as an async context manager, or close it."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self._url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def start(self, agent: str, run_input: Any = None, **options: str) -> Started:
+        """Starts a run; durable when this returns. Options: session_id, idempotency_key, alias, version."""
+        answer = await self.request("POST", "/v1/runs", body=_start(agent, run_input, options))
+        return Started(answer["run_id"], answer["state"])
+
+    async def stream(self, agent: str, run_input: Any = None, **options: str) -> AsyncGenerator[Event, None]:
+        """Starts a run and yields its events as they become durable, to the terminal one.
+
+        A connection that breaks is opened again and the log goes on where it was; the start is never made twice.
+        """
+        options.setdefault("idempotency_key", uuid.uuid4().hex)
+        frame = {"op": "start", "id": "start", **_start(agent, run_input, options)}
+        async with aclosing(self._follow(frame, _Position())) as events:
+            async for event in events:
+                yield event
+
+    async def follow(self, run_id: str, *, after_seq: int = 0) -> AsyncGenerator[Event, None]:
+        """Yields a run's events after a seq, those that are there and those to come, to the terminal one."""
+        position = _Position(run_id, after_seq)
+        async with aclosing(self._follow(position.frame(), position)) as events:
+            async for event in events:
+                yield event
+
+    async def run(self, agent: str, run_input: Any = None, **options: str) -> Event:
+        """Starts a run and returns its terminal event."""
+        async with aclosing(self.stream(agent, run_input, **options)) as events:
+            async for event in events:
+                if event.is_terminal:
+                    return event
+        raise ApiError("The log ended without a terminal event.", code="INTERNAL", reason="LOG_INCOMPLETE")
+
+    async def get_run(self, run_id: str) -> dict[str, Any]:
+        """A run as it stands."""
+        return await self.request("GET", f"/v1/runs/{run_id}")
+
+    async def list_runs(self, **query: str) -> dict[str, Any]:
+        """A page of the user's runs, newest first. Query: session_id, state, agent, page_size, page_token."""
+        return await self.request("GET", "/v1/runs", query=query)
+
+    async def events(self, run_id: str, *, after_seq: int = 0) -> AsyncGenerator[Event, None]:
+        """The events that are in a run's log now, after a seq."""
+        while True:
+            page = await self.request("GET", f"/v1/runs/{run_id}/events", query={"after_seq": str(after_seq)})
+            for frame in page["events"]:
+                yield _event(frame)
+                after_seq = frame["seq"]
+            if not page["events"] or after_seq >= page["last_seq"]:
+                return
+
+    async def cancel(self, run_id: str, *, reason: str = "") -> dict[str, Any]:
+        """Asks for the end of a run: durable when this returns, carried out soon after."""
+        return await self.request("POST", f"/v1/runs/{run_id}:cancel", body={"reason": reason} if reason else {})
+
+    async def apply(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Registers an agent from its specification; the same again changes nothing."""
+        return await self.request("POST", "/v1/agents", body=document)
+
+    async def request(
+        self, method: str, path: str, *, body: Any = None, query: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """One HTTP call of the gateway's; ApiError for anything but success. Any: JSON."""
+        try:
+            async with self._open().request(method, self._url + path, json=body, params=query) as answer:
+                text = await answer.text()
+                if answer.status < 400:
+                    found: dict[str, Any] = json.loads(text)
+                    return found
+                raise _problem(answer.status, text)
+        except (aiohttp.ClientConnectionError, TimeoutError) as error:
+            raise GatewayUnreachableError(self._url, str(error) or type(error).__name__) from error
+
+    async def _follow(self, first: Mapping[str, Any], position: _Position) -> AsyncGenerator[Event, None]:
+        """Sends `first` until a run is known, from then on follows the run from its position."""
+        backoff = _Backoff()
+        while True:
+            try:
+                async with aclosing(self._frames(first if not position.run_id else position.frame())) as frames:
+                    async for frame in frames:
+                        backoff.reset()
+                        if frame["op"] == "error":
+                            raise _refusal(frame)
+                        if frame["op"] == "started":
+                            position.run_id = frame["run_id"]
+                        if frame["op"] == "event" and position.passes(frame):
+                            event = _event(frame)
+                            yield event
+                            if event.is_terminal:
+                                return
+            except GatewayUnreachableError:
+                if backoff.is_exhausted():
+                    raise
+            await asyncio.sleep(backoff.next_seconds())
+
+    async def _frames(self, first: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Opens a socket, sends a frame and yields what comes, until a close after which one may come back."""
+        # A heartbeat notices a connection that died in silence; the gateway's own pings come less often.
+        try:
+            async with self._open().ws_connect(
+                f"{self._url}/v1/stream",
+                protocols=(SUBPROTOCOL,),
+                heartbeat=_HEARTBEAT_SECONDS,
+                max_msg_size=_FRAME_BYTES_MAX,
+            ) as socket:
+                await socket.send_json(first)
+                async for message in socket:
+                    if message.type is aiohttp.WSMsgType.TEXT:
+                        yield json.loads(message.data)
+                if socket.close_code is not None and socket.close_code not in RETRYABLE_CLOSE:
+                    raise _closed(socket.close_code)
+        except aiohttp.WSServerHandshakeError as error:
+            raise _problem(error.status, error.message) from error
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            raise GatewayUnreachableError(self._url, str(error) or type(error).__name__) from error
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                headers=self._headers, timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS)
+            )
+        return self._session
+
+
+def _start(agent: str, run_input: Any, options: Mapping[str, str]) -> dict[str, Any]:
+    return {"agent": agent, "input": {} if run_input is None else run_input, **{k: v for k, v in options.items() if v}}
+
+
+def _event(frame: dict[str, Any]) -> Event:
+    return Event(frame["type"], frame["run_id"], frame["seq"], frame["data"], frame)
+
+
+def _refusal(frame: Mapping[str, Any]) -> ApiError:
+    return ApiError(
+        frame.get("message", ""), code=frame["code"], reason=frame["reason"], metadata=frame.get("metadata")
+    )
+
+
+def _closed(close_code: int) -> ApiError:
+    reason = {4401: "TOKEN_INVALID", 4403: "ROLE_REQUIRED", 4400: "REQUEST_INVALID"}.get(close_code, "SOCKET_CLOSED")
+    return ApiError(f"The gateway closed the socket with {close_code}.", code="ABORTED", reason=reason)
+
+
+def _problem(status: int, text: str) -> ApiError:
+    """An RFC 9457 body, or whatever a proxy in between has said."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = {}
+    if not isinstance(found, dict) or "reason" not in found:
+        return ApiError(f"HTTP {status}: {text[:500].strip()}", code=str(status), reason=f"HTTP_{status}")
+    message = found.get("detail") or found.get("title") or f"HTTP {status}"
+    violations = [f"{v.get('field')}: {v.get('description')}" for v in found.get("violations") or ()]
+    return ApiError(
+        "\n  ".join([message, *violations]),
+        code=found.get("code", str(status)),
+        reason=found["reason"],
+        metadata=found.get("metadata"),
+    )

@@ -1,0 +1,88 @@
+"""Events as lines for people: what the command line and the examples print while a run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any, Final
+
+from mainspring.client import Event
+
+_VALUE_CHARACTERS_MAX: Final = 100
+
+# An event's data as parsed JSON: Any.
+Data = Mapping[str, Any]
+
+
+def describe(event: Event) -> str:
+    """What happened, in one line without the type."""
+    tell = _TELLERS.get(event.type)
+    return tell(event.data) if tell is not None else short(event.data)
+
+
+def event_time(event: Event) -> datetime:
+    """When the event became durable."""
+    return datetime.fromisoformat(event.frame["event_time"])
+
+
+def short(value: Any) -> str:
+    """A JSON value in one line, cut where it gets long. Any: JSON."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
+    line = " ".join(text.split())
+    return line if len(line) <= _VALUE_CHARACTERS_MAX else line[: _VALUE_CHARACTERS_MAX - 1] + "…"
+
+
+def error_text(error: Data) -> str:
+    """An error as it is told: code and reason, then the message."""
+    return f"{error.get('code', 'UNKNOWN')} / {error.get('reason', '?')}: {error.get('message', '')}"
+
+
+def _started(data: Data) -> str:
+    return f"version {data.get('agent_version', '?')}, input {short(data.get('input', {}))}"
+
+
+def _thinking(data: Data) -> str:
+    planned = [call["tool"] for call in data.get("planned_calls") or ()]
+    return short(data.get("text") or "…") + (f"  → {', '.join(planned)}" if planned else "")
+
+
+def _executing(data: Data) -> str:
+    return f"{data['tool']} {short(data.get('arguments', {}))}"
+
+
+def _executed(data: Data) -> str:
+    took = f"{data.get('duration_ms', 0):.0f} ms" + (", cached" if data.get("cached") else "")
+    if data.get("error"):
+        return f"{data['tool']} {data.get('status', 'error')} after {took}: {error_text(data['error'])}"
+    return f"{data['tool']} {data.get('status', 'ok')} in {took} → {short(data.get('result'))}"
+
+
+def _completed(data: Data) -> str:
+    return f"in {data.get('duration_ms', 0) / 1000:.2f} s"
+
+
+def _failed(data: Data) -> str:
+    return error_text(data.get("error") or {})
+
+
+def _cancelled(data: Data) -> str:
+    reason = f": {data['reason']}" if data.get("reason") else ""
+    return f"by {data.get('requested_by') or 'somebody'}{reason}"
+
+
+def _recovered(data: Data) -> str:
+    return f"taken over by {data.get('executor', 'another executor')}, attempt {data.get('attempt', '?')}"
+
+
+_TELLERS: Final[Mapping[str, Callable[[Data], str]]] = {
+    "agent_started": _started,
+    "agent_thinking": _thinking,
+    "tool_executing": _executing,
+    "tool_completed": _executed,
+    "agent_completed": _completed,
+    "agent_failed": _failed,
+    "agent_timed_out": _failed,
+    "agent_cancelled": _cancelled,
+    "run_recovered": _recovered,
+}
