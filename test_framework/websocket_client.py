@@ -1,4 +1,4 @@
-"""A WebSocket client for tests: speaks the socket of docs/contracts.md, keeps every frame in order, and never waits without a deadline."""
+"""A WebSocket client for tests: keeps every frame in order, and never waits without a deadline."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_NOT_IMPLEMENTED: _ErrorReason.ValueType  # 6
     """UNIMPLEMENTED: the method is part of the contract but not of this release. Metadata: method."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 7
-    """INTERNAL: a fault of ours, logged under the request id. Metadata: request_id. Report it."""
+    """INTERNAL: a fault of ours, logged under the request id. Metadata: request_id, run_id. Report it."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 8
     """DEADLINE_EXCEEDED: the caller's time ran out. Metadata: method."""
     ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 9
@@ -152,7 +152,7 @@ ERROR_REASON_CONTEXT_INVALID: ErrorReason.ValueType  # 5
 ERROR_REASON_NOT_IMPLEMENTED: ErrorReason.ValueType  # 6
 """UNIMPLEMENTED: the method is part of the contract but not of this release. Metadata: method."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 7
-"""INTERNAL: a fault of ours, logged under the request id. Metadata: request_id. Report it."""
+"""INTERNAL: a fault of ours, logged under the request id. Metadata: request_id, run_id. Report it."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 8
 """DEADLINE_EXCEEDED: the caller's time ran out. Metadata: method."""
 ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 9
