@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, TypeVar
 
 WAIT_SECONDS = 60.0
@@ -15,12 +15,11 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines for a synchronous caller; `close` gives back everything that was opened, last first."""
+    """Runs coroutines for a synchronous caller."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
         self.loop.set_debug(True)
-        self._held: list[tuple[asyncio.Event, Future[None]]] = []
         self._thread = threading.Thread(target=self._turn, name=name)
         self._thread.start()
 
@@ -33,8 +32,9 @@ class LoopThread:
         """Runs a coroutine on the loop and waits for its answer."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_seconds)
 
-    def open(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> T:
-        """Enters an async context manager, which stays open until `close`; entered and left in one task."""
+    @contextmanager
+    def opened(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[T]:
+        """Holds an async context manager open on the loop while the block runs; entered and left in one task."""
         stop = asyncio.Event()
         opened: Future[T] = Future()
 
@@ -50,26 +50,20 @@ class LoopThread:
                 raise
 
         ended = asyncio.run_coroutine_threadsafe(hold(), self.loop)
-        self._held.append((stop, ended))
-        return opened.result(WAIT_SECONDS)
+        try:
+            yield opened.result(WAIT_SECONDS)
+        finally:
+            self.loop.call_soon_threadsafe(stop.set)
+            ended.result(WAIT_SECONDS)
 
     def close(self) -> None:
-        """Leaves what is open, last first, then ends the loop; raises all that went wrong meanwhile."""
-        errors: list[Exception] = []
-        for stop, ended in reversed(self._held):
-            self.loop.call_soon_threadsafe(stop.set)
-            try:
-                ended.result(WAIT_SECONDS)
-            except Exception as error:
-                errors.append(error)
+        """Ends the loop; fails when a task was left behind on it."""
         left = self.run(_cancel_what_is_left())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
         if left:
-            errors.append(AssertionError(f"tasks were left behind on the loop: {left}"))
-        if errors:
-            raise ExceptionGroup("what ran on the loop did not end well", errors)
+            raise AssertionError(f"tasks were left behind on the loop: {left}")
 
 
 async def _cancel_what_is_left() -> list[str]:

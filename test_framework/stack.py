@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,17 +111,19 @@ def running_stack(
 ) -> Iterator[Stack]:
     """A stack that serves while the block runs; without URLs it brings its own PostgreSQL and Valkey."""
     loop = LoopThread("stack")
-    try:
-        running = loop.open(
-            lambda: mainspring.dev.stack(
-                workers=WORKER_MODULES,
-                database_url=database_url,
-                redis_url=redis_url,
-                replicas=replicas,
-                # The worker finds the tests' tools as pytest does.
-                extra_env={"PYTHONPATH": str(ROOT), **(extra_env or {})},
-            )
+
+    def make() -> AbstractAsyncContextManager[mainspring.dev.Stack]:
+        return mainspring.dev.stack(
+            workers=WORKER_MODULES,
+            database_url=database_url,
+            redis_url=redis_url,
+            replicas=replicas,
+            # The worker finds the tests' tools as pytest does.
+            extra_env={"PYTHONPATH": str(ROOT), **(extra_env or {})},
         )
-        yield Stack(running, loop, private=private)
+
+    try:
+        with loop.opened(make) as running:
+            yield Stack(running, loop, private=private)
     finally:
         loop.close()

@@ -8,8 +8,7 @@ What a contract module writes (everything else of pytest-grpc is as its manual s
     def grpc_wiring(contract_environment):        # how its servicer is built; reuse the service's own __main__
         @asynccontextmanager
         async def wire():
-            settings = StateSettings(**contract_environment)
-            async with wired(settings) as servicer:
+            async with wired(StateSettings(**contract_environment)) as (servicer, *_):
                 yield {"State": servicer}         # several services on one server: more entries
         return wire
 
@@ -192,9 +191,10 @@ def _grpc_server(grpc_loop: LoopThread) -> Iterator[AioServerFacade]:
 
 
 @pytest.fixture(scope="module")
-def grpc_servicer(grpc_loop: LoopThread, grpc_wiring: Wiring) -> Servicers:
-    """What the module's wiring yields; it stays wired until the loop closes."""
-    return grpc_loop.open(grpc_wiring)
+def grpc_servicer(grpc_loop: LoopThread, grpc_wiring: Wiring) -> Iterator[Servicers]:
+    """What the module's wiring yields; it stays wired until the server has stopped."""
+    with grpc_loop.opened(grpc_wiring) as servicers:
+        yield servicers
 
 
 @pytest.fixture(scope="module")
