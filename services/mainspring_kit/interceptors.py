@@ -108,7 +108,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 user_id=principal.user_id,
                 request_id=new_id(),
                 roles=principal.roles,
-                trace_id=_trace_id(metadata),
+                trace_id=trace_id_of(metadata),
             )
         elif CONTEXT_KEY in metadata:
             user_context = _decode_context(metadata[CONTEXT_KEY])
@@ -209,7 +209,7 @@ def _decode_context(value: str | bytes) -> UserExecutionContext:
     return UserExecutionContext.from_message(message)
 
 
-def _trace_id(metadata: Mapping[str, str | bytes]) -> str:
+def trace_id_of(metadata: Mapping[str, str | bytes]) -> str:
     """The trace id of a W3C traceparent; a new one where there is none."""
     parts = str(metadata.get("traceparent", "")).split("-")
     if len(parts) == 4 and len(parts[1]) == 32 and all(sign in "0123456789abcdef" for sign in parts[1]):
