@@ -19,8 +19,11 @@ POSITIONAL_MAX = 2
 
 BANNED_WORDS = {"manager", "managers", "helper", "helpers", "util", "utils"}
 BANNED_VERBS = ("handle_", "process_")
-# Where an exception of any kind may be caught: the interceptor, the server's root, and the roots of engines.
+# Where an exception of any kind may be caught: the interceptor, the server's root, the roots of engines, and where
+# users' code is called.
 CATCH_ALL = {
+    "sdk/mainspring/worker/calls.py",
+    "sdk/mainspring/worker/loading.py",
     "services/mainspring_kit/interceptors.py",
     "services/mainspring_kit/server.py",
 }
