@@ -30,22 +30,22 @@ def settings_classes(service: str) -> list[type[ServiceSettings]]:
 
 
 def settings() -> str:
-    """Every variable that a process reads, the common ones first."""
-    readers: dict[str, dict[str, FieldInfo]] = {}
+    """Every variable that a process reads: those of all processes first, then by process, in the order of the code."""
+    readers: dict[tuple[str, str, str], list[str]] = {}
     for service in SERVICES:
         serving, *others = settings_classes(service)
         for name, field in serving.model_fields.items():
-            readers.setdefault(name, {})[service] = field
+            readers.setdefault((name, _default(field), field.description or ""), []).append(service)
         for other in others:
             for name, field in other.model_fields.items():
                 if name not in serving.model_fields:
-                    readers.setdefault(name, {})[f"{service} migrate"] = field
+                    readers.setdefault((name, _default(field), field.description or ""), []).append(
+                        f"{service} migrate"
+                    )
     lines = ["| variable | default | what it is | read by |", "|---|---|---|---|"]
-    for name in sorted(readers, key=lambda name: (len(readers[name]) < len(SERVICES), name)):
-        fields = list(readers[name].values())
-        who = "all" if len(fields) == len(SERVICES) else ", ".join(readers[name])
-        defaults = ", ".join(dict.fromkeys(_default(field) for field in fields))
-        lines.append(f"| `{ENVIRONMENT_PREFIX}{name.upper()}` | {defaults} | {fields[0].description} | {who} |")
+    for (name, default, description), found in sorted(readers.items(), key=lambda row: len(row[1]) < len(SERVICES)):
+        who = "all" if len(found) == len(SERVICES) else ", ".join(found)
+        lines.append(f"| `{ENVIRONMENT_PREFIX}{name.upper()}` | {default} | {description} | {who} |")
     return "\n".join(lines) + "\n"
 
 
