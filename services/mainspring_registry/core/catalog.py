@@ -117,7 +117,7 @@ def _token_invalid() -> MainspringError:
 def _request_invalid(field: str, fault: str) -> MainspringError:
     return MainspringError(
         Reason.REQUEST_INVALID,
-        f"The request breaks its rules: {field} {fault}.",
+        f"The request breaks its rules: {field}: {fault}.",
         violations=[Violation(field, fault)],
         field=field,
     )

@@ -32,8 +32,10 @@ def read_agent(document: bytes, schema: Draft202012Validator) -> types_pb2.Agent
         spec = read_document(document)
     except DocumentError as error:
         raise _invalid([error.violation]) from error
-    faults = faults_of(spec, schema) or list(_check_meaning(spec))
-    if faults:
+    faults = faults_of(spec, schema)
+    if isinstance(spec, dict) and isinstance(output_schema := spec.get("output_schema"), dict):
+        faults += schema_faults(output_schema, "output_schema")
+    if faults := faults or list(_check_meaning(spec)):
         raise _invalid(faults)
     canonical = write_canonical(spec).encode()
     if len(canonical) > SPEC_BYTES_MAX:
@@ -61,8 +63,6 @@ def _check_meaning(spec: dict[str, JsonValue]) -> Iterator[Violation]:
                 yield Violation(f"{path}.calls[{index}].tool", f"{call['tool']} is not in `tools`: add it there")
             if isinstance(text := call.get("arguments"), str) and not _is_template(text):
                 yield Violation(f"{path}.calls[{index}].arguments", "must be an object, or one template for an object")
-    if "output_schema" in spec:
-        yield from schema_faults(spec["output_schema"], "output_schema")
     timeout = spec.get("limits", {}).get("timeout")
     if timeout is not None and not 0 < read_seconds(timeout) <= TIMEOUT_SECONDS_MAX:
         yield Violation("limits.timeout", f"must be more than 0 and at most {TIMEOUT_SECONDS_MAX:.0f} s")
@@ -82,10 +82,10 @@ def _is_template(text: str) -> bool:
 def _invalid(faults: list[Violation]) -> MainspringError:
     first = faults[0]
     others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    where = first.field or "the document"
     return MainspringError(
         Reason.SPEC_INVALID,
-        f"The specification is not valid: {where} {first.description}{others}. Mend it and register it again.",
+        f"The specification is not valid: {first.field or 'the document'}: {first.description}{others}. "
+        "Mend it and register it again.",
         violations=faults,
         field=first.field,
     )

@@ -35,7 +35,7 @@ def read_tools(declared: Sequence[types_pb2.Tool], *, shared: bool) -> list[type
     if faults:
         raise MainspringError(
             Reason.REQUEST_INVALID,
-            f"The tools are not valid: {faults[0].field} {faults[0].description}. Mend them and register them again.",
+            f"The tools are not valid: {faults[0].field}: {faults[0].description}. Mend them and register them again.",
             violations=faults,
             field=faults[0].field,
         )

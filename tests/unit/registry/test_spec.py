@@ -1,0 +1,169 @@
+"""Specifications of agents: the published schema and what goes beyond it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+from mainspring_kit.errors import MainspringError
+from mainspring_registry.core.spec import SPEC_BYTES_MAX, agent_schema, read_agent
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[3]
+SCHEMA = agent_schema((ROOT / "services/mainspring_registry/agent.schema.json").read_bytes())
+EXAMPLE = (ROOT / "examples/lookup/agent.yaml").read_bytes()
+
+# A specification is whatever JSON it is: Any.
+Spec = dict[str, Any]
+
+
+def spec(**changes: object) -> Spec:
+    """The smallest right one, changed."""
+    return {
+        "apiVersion": "mainspring/v1",
+        "kind": "Agent",
+        "name": "small",
+        "model": {"provider": "scripted", "script": [{"result": 1}]},
+        **changes,
+    }
+
+
+def scripted(*steps: object, **changes: object) -> Spec:
+    return spec(model={"provider": "scripted", "script": list(steps)}, **changes)
+
+
+def faults(document: Spec | bytes) -> dict[str, str]:
+    """Field to description of the SPEC_INVALID that the document gets."""
+    with pytest.raises(MainspringError) as raised:
+        read_agent(document if isinstance(document, bytes) else json.dumps(document).encode(), SCHEMA)
+    assert raised.value.reason_name == "SPEC_INVALID"
+    assert raised.value.metadata == {"field": raised.value.violations[0].field}
+    return {violation.field: violation.description for violation in raised.value.violations}
+
+
+def schema_parts(node: object) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+        for inner in node.values():
+            yield from schema_parts(inner)
+    elif isinstance(node, list):
+        for inner in node:
+            yield from schema_parts(inner)
+
+
+def test_the_example_becomes_an_agent() -> None:
+    agent = read_agent(EXAMPLE, SCHEMA)
+    assert (agent.name, agent.version, agent.description) == ("lookup", "", "Answers a question with one look-up.")
+    assert dict(agent.labels) == {"team": "demo"}
+    assert list(agent.capabilities) == ["lookup"]
+    assert json.loads(agent.spec) == yaml.safe_load(EXAMPLE)
+
+
+def test_the_same_specification_is_the_same_bytes_in_any_writing() -> None:
+    as_json = json.dumps(dict(reversed(yaml.safe_load(EXAMPLE).items())), indent=3).encode()
+    assert read_agent(as_json, SCHEMA) == read_agent(EXAMPLE, SCHEMA)
+
+
+def test_the_schema_is_one_and_describes_every_field() -> None:
+    Draft202012Validator.check_schema(SCHEMA.schema)
+    for part in schema_parts(SCHEMA.schema):
+        for name, field in part.get("properties", {}).items():
+            # Fields within an `if` only refer to ones described elsewhere.
+            assert "description" in field or set(field) <= {"const", "enum"}, f"{name} has no description"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        spec(),
+        spec(name="a"),
+        spec(name="a" * 63, labels={"app.test/part-of": ""}, instructions="", output_schema={}),
+        spec(model={"provider": "openai", "name": "any-model"}, tools=["a.b_c-d", "e2"]),
+        spec(model={"provider": "anthropic", "name": "any-model"}),
+        scripted({"text": "Hm."}, {"text": "Still.", "delay": "1.5s", "deltas": 20}, {"result": None}),
+        scripted({"fail": {"code": "UNAVAILABLE", "message": "down", "times": 2}, "result": {}}),
+        scripted({"calls": [{"tool": "t", "arguments": "{{input}}"}, {"tool": "t"}]}, {"result": 1}, tools=["t"]),
+        spec(limits={"timeout": "24h", "max_steps": 1, "max_concurrent_per_user": 1000}),
+    ],
+)
+def test_right_specifications_are_taken(document: Spec) -> None:
+    assert json.loads(read_agent(json.dumps(document).encode(), SCHEMA).spec) == document
+
+
+@pytest.mark.parametrize(
+    ("document", "field", "description"),
+    [
+        (b"", "", "is empty"),
+        (b"just words", "", "must be an object, not text"),
+        (b"a: [", "", "line 2, column 1: is neither YAML nor JSON: did not find expected node content"),
+        (spec(apiVersion="mainspring/v2"), "apiVersion", "must be mainspring/v1, not 'mainspring/v2'"),
+        (spec(kind="Tool"), "kind", "must be Agent, not 'Tool'"),
+        (spec(name="Big"), "name", "'Big' is not 1 to 63 lower-case letters"),
+        (spec(name="a" * 64), "name", "is not 1 to 63 lower-case letters"),
+        (spec(name="trailing-"), "name", "not ending with a dash"),
+        (spec(name="line\n"), "name", "is not 1 to 63 lower-case letters"),
+        (spec(name=""), "name", "is not 1 to 63 lower-case letters"),
+        (spec(descriptoin="x"), "descriptoin", "is not known here; known are apiVersion, capabilities"),
+        (spec(labels={"team": 1}), "labels.team", "must be text, not an integer"),
+        (spec(labels={" ": "x"}), "labels", "is not 1 to 63 letters"),
+        (spec(labels={f"l{n}": "" for n in range(17)}), "labels", "has more than 16 entries"),
+        (spec(capabilities=["a", "a"]), "capabilities", "holds an entry twice"),
+        (spec(tools=["Bad"]), "tools[0]", "is not lower-case words"),
+        (spec(tools=["a" * 129]), "tools[0]", "is not lower-case words"),
+        (spec(tools=[f"t{n}" for n in range(129)]), "tools", "has more than 128 entries"),
+        (spec(model={"provider": "other"}), "model.provider", "must be one of scripted, openai, anthropic"),
+        (spec(model={"provider": "scripted"}), "model.script", "is required"),
+        (spec(model={"provider": "openai"}), "model.name", "is required"),
+        (
+            spec(model={"provider": "openai", "name": "m", "script": [{"result": 1}]}),
+            "model.script",
+            "is for the provider scripted only",
+        ),
+        (scripted(), "model.script", "has fewer than 1 entries"),
+        (scripted({}), "model.script[0]", "has fewer than 1 entries"),
+        (scripted({"calls": []}), "model.script[0].calls", "has fewer than 1 entries"),
+        (scripted({"calls": [{}]}), "model.script[0].calls[0].tool", "is required"),
+        (scripted({"calls": [{"tool": "a.b"}]}), "model.script[0].calls[0].tool", "a.b is not in `tools`: add it"),
+        (
+            scripted({"calls": [{"tool": "t", "arguments": []}]}),
+            "model.script[0].calls[0].arguments",
+            "must be an object",
+        ),
+        (
+            scripted({"calls": [{"tool": "t", "arguments": "{{a}} {{b}}"}]}, tools=["t"]),
+            "model.script[0].calls[0].arguments",
+            "one template for an object",
+        ),
+        (scripted({"calls": [{"tool": "t"}], "result": 1}, tools=["t"]), "model.script[0]", "has calls and a result"),
+        (scripted({"delay": "soon"}), "model.script[0].delay", "is not a duration such as 100ms"),
+        (scripted({"delay": "100"}), "model.script[0].delay", "is not a duration such as 100ms"),
+        (scripted({"delay": "2h"}), "model.script[0].delay", "is longer than 3600 s"),
+        (scripted({"deltas": -1}), "model.script[0].deltas", "less than the minimum of 0"),
+        (scripted({"fail": {}}), "model.script[0].fail.code", "is required"),
+        (scripted({"fail": {"code": "OK"}}), "model.script[0].fail.code", "must be one of CANCELLED"),
+        (spec(limits={"timeout": "0s"}), "limits.timeout", "must be more than 0 and at most 86400 s"),
+        (spec(limits={"timeout": "25h"}), "limits.timeout", "must be more than 0 and at most 86400 s"),
+        (spec(limits={"max_steps": 0}), "limits.max_steps", "less than the minimum of 1"),
+        (spec(limits={"max_steps": True}), "limits.max_steps", "must be an integer, not true or false"),
+        (spec(output_schema=True), "output_schema", "must be an object, not true or false"),
+        (spec(output_schema={"type": "objekt"}), "output_schema.type", "is no JSON Schema"),
+        (spec(output_schema={"$ref": "https://elsewhere.test"}), "output_schema.$ref", "must point into this schema"),
+    ],
+)
+def test_wrong_specifications_are_refused_with_the_path(document: Spec | bytes, field: str, description: str) -> None:
+    found = faults(document)
+    assert description in found.get(field, f"no fault at {field!r}, but {found}")
+
+
+def test_all_faults_are_told_at_once() -> None:
+    document = spec(name="Big", kind="Bot", tools=[1], limits={"max_steps": 0}, output_schema={"type": 5}, more=1)
+    assert sorted(faults(document)) == ["kind", "limits.max_steps", "more", "name", "output_schema.type", "tools[0]"]
+
+
+def test_a_specification_that_grows_as_json_is_bounded_too() -> None:
+    script = [{"text": "é" * 65_536} for _ in range(3)]
+    assert f"at most {SPEC_BYTES_MAX} are taken" in faults(scripted(*script))[""]
