@@ -11,7 +11,7 @@ import asyncio
 import json
 import random
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -199,7 +199,7 @@ class Client:
         return await self.request("POST", "/v1/agents", body=document)
 
     async def request(
-        self, method: str, path: str, *, body: Any = None, query: Mapping[str, str] | None = None
+        self, method: str, path: str, *, body: Any = None, query: Mapping[str, str] | Sequence[tuple[str, str]] = ()
     ) -> dict[str, Any]:
         """One HTTP call of the gateway's; ApiError for anything but success. Any: JSON."""
         try:

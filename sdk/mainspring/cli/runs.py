@@ -46,7 +46,7 @@ def run(
     Exit codes: 0 completed, 1 failed, cancelled or timed out, 2 wrong usage. With --json one frame a line.
     """
     value = _read_input(run_input)
-    ended = asyncio.run(_run(connect(data_dir), agent, value, session=session, follow=follow, as_json=as_json))
+    ended = asyncio.run(_run(connect(data_dir), agent, value=value, session=session, follow=follow, as_json=as_json))
     if ended is not None and ended.type != "agent_completed":
         raise typer.Exit(1)
 

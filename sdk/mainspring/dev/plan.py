@@ -143,6 +143,7 @@ def _worker_env(plan: Plan) -> dict[str, str]:
     return {
         **_inherited(),
         "MAINSPRING_ENVIRONMENT": "development",
+        "MAINSPRING_DRAIN_SECONDS": str(_DRAIN_SECONDS),
         "MAINSPRING_DISPATCHER_TARGET": plan.target("dispatcher"),
         "MAINSPRING_TOKEN": service_token(plan.secrets.service, name="worker", ttl_seconds=_SERVICE_TOKEN_SECONDS),
         **plan.extra_env,
