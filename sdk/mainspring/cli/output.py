@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 from rich.console import Console
@@ -61,31 +60,6 @@ class EventPrinter:
         style = _STYLES.get(event.type, "")
         line = Text.assemble((f"{seconds:7.3f} s  ", "dim"), (f"{event.type:<16}  ", style), describe(event))
         self._console.print(line, soft_wrap=True)
-
-
-def log_to_stderr(level: str) -> None:
-    """Sends logs to standard error: text for a person at a terminal, JSON lines for everybody else."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s %(message)s") if sys.stderr.isatty() else _JsonLines()
-    )
-    logging.basicConfig(handlers=[handler], level=level.upper())
-
-
-class _JsonLines(logging.Formatter):
-    """A record as the platform's processes write theirs."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        line = {
-            "event": record.getMessage(),
-            "level": record.levelname.lower(),
-            "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(),
-            "logger": record.name,
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
 
 
 def local_time(text: str) -> str:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from mainspring.cli.connection import DATA_DIR, DataDir, find
-from mainspring.cli.output import log_to_stderr
 from mainspring.client import Client
 from mainspring.embedded.launch import StartError
 
@@ -88,8 +87,7 @@ def worker(
     """
     # As for `python -m`: modules are found where the command is given.
     sys.path.insert(0, "")
-    log_to_stderr(os.environ.get("MAINSPRING_LOG_LEVEL", "info"))
-    asyncio.run(_worker(modules, data_dir, ready_file=ready_file))
+    raise typer.Exit(asyncio.run(_worker(modules, data_dir, ready_file=ready_file)))
 
 
 def migrate() -> None:
@@ -210,7 +208,7 @@ def _stop_on_signals(screen: Screen) -> None:
         loop.add_signal_handler(number, stop)
 
 
-async def _worker(modules: list[str], data_dir: Path, *, ready_file: Path | None) -> None:
+async def _worker(modules: list[str], data_dir: Path, *, ready_file: Path | None) -> int:
     from mainspring.worker import run
 
     target, bearer = os.environ.get("MAINSPRING_DISPATCHER_TARGET", ""), os.environ.get("MAINSPRING_TOKEN", "")
@@ -219,11 +217,5 @@ async def _worker(modules: list[str], data_dir: Path, *, ready_file: Path | None
         if not target:
             async with Client(url, bearer) as client:
                 target = (await client.request("GET", "/v1/endpoints"))["dispatcher"]
-    await run(
-        modules,
-        target=target,
-        token=bearer,
-        drain_seconds=float(os.environ.get("MAINSPRING_DRAIN_SECONDS", _DRAIN_SECONDS)),
-        parent_fd=int(os.environ.get("MAINSPRING_PARENT_FD", "-1")),
-        ready=lambda: ready_file.write_text(str(os.getpid())) if ready_file else None,
-    )
+    drain_seconds = float(os.environ.get("MAINSPRING_DRAIN_SECONDS", _DRAIN_SECONDS))
+    return await run(modules, target=target, token=bearer, drain_seconds=drain_seconds, ready_file=ready_file)

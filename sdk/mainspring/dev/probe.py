@@ -59,7 +59,7 @@ async def file_names_pid(path: Path, pid: int) -> None:
     """Returns when the process has written its pid into the file; TimeoutError when it does not in time."""
     async with asyncio.timeout(READY_SECONDS_MAX):
         while True:
-            if _read(path) == str(pid):
+            if _read(path).strip() == str(pid):
                 return
             await asyncio.sleep(_POLL_SECONDS)
 
