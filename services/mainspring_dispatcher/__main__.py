@@ -59,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="mainspring_dispatcher", description=__doc__)
     parser.add_argument("command", nargs="?", default="serve", choices=["serve"])
     parser.parse_args()
-    return run(NAME, DispatcherSettings, serve)
+    return run(NAME, DispatcherSettings, main=serve)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ class DispatcherServicer(rpc.DispatcherServiceServicer):
 
         returns = True
         try:
-            async with aclosing(serve_batches(requests, stream.replies, receive, _pack_words)) as frames:  # type: ignore[type-var]  # a generator
+            async with aclosing(serve_batches(requests, stream.replies, receive=receive, frame=_pack_words)) as frames:  # type: ignore[type-var]  # a generator
                 async for frame in frames:
                     yield frame
             if stream.fault is not None:
@@ -217,7 +217,7 @@ def _serve_calls(
     requests: AsyncIterator[pb.CallToolsRequest], stream: _CallStream
 ) -> AsyncIterator[pb.CallToolsResponse]:
     return serve_batches(
-        requests, stream.replies, stream.receive, lambda results: pb.CallToolsResponse(results=results)
+        requests, stream.replies, receive=stream.receive, frame=lambda results: pb.CallToolsResponse(results=results)
     )
 
 

@@ -53,8 +53,8 @@ class UserExecutionContext:
     deadline: datetime | None = None
 
     def __post_init__(self) -> None:
-        _check_identity("tenant_id", self.tenant_id, _TENANT_PATTERN)
-        _check_identity("user_id", self.user_id, _USER_PATTERN)
+        _check_identity("tenant_id", self.tenant_id, pattern=_TENANT_PATTERN)
+        _check_identity("user_id", self.user_id, pattern=_USER_PATTERN)
         for field in ("session_id", "run_id", "request_id"):
             value = getattr(self, field)
             if value and (value.strip().lower() in _PLACEHOLDERS or not _USER_PATTERN.fullmatch(value)):
@@ -111,7 +111,7 @@ class UserExecutionContext:
         )
 
 
-def _check_identity(field: str, value: str, pattern: re.Pattern[str]) -> None:
+def _check_identity(field: str, value: str, *, pattern: re.Pattern[str]) -> None:
     if not pattern.fullmatch(value) or value.strip().lower() in _PLACEHOLDERS:
         raise _refused(field, value)
 
@@ -208,10 +208,10 @@ def _token_invalid(detail: str) -> MainspringError:
 
 def mint_token(secret: str, *, tenant_id: str, user_id: str, roles: tuple[str, ...], ttl_seconds: int) -> str:
     """A signed user token: what `mainspring token`, tests and benchmarks use."""
-    return _mint(secret, USER_ISSUER, user_id, tenant_id, roles, ttl_seconds)
+    return _mint(secret, USER_ISSUER, subject=user_id, tenant_id=tenant_id, roles=roles, ttl_seconds=ttl_seconds)
 
 
-def _mint(secret: str, issuer: str, subject: str, tenant_id: str, roles: tuple[str, ...], ttl_seconds: int) -> str:
+def _mint(secret: str, issuer: str, *, subject: str, tenant_id: str, roles: tuple[str, ...], ttl_seconds: int) -> str:
     now = int(time.time())
     claims = {
         "iss": issuer,
@@ -238,7 +238,14 @@ class ServiceTokens:
     def bearer(self) -> str:
         """The value of the `authorization` metadata."""
         if time.time() >= self._renew_time:
-            token = _mint(self._secret, SERVICE_ISSUER, self._name, "", ("service",), _SERVICE_TOKEN_SECONDS)
+            token = _mint(
+                self._secret,
+                SERVICE_ISSUER,
+                subject=self._name,
+                tenant_id="",
+                roles=("service",),
+                ttl_seconds=_SERVICE_TOKEN_SECONDS,
+            )
             self._token = f"Bearer {token}"
             self._renew_time = time.time() + _SERVICE_TOKEN_SECONDS / 2
         return self._token

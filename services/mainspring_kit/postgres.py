@@ -70,7 +70,7 @@ def reachable() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def as_user(pool: Pool, tenant_id: str, user_id: str) -> AsyncIterator[Connection]:
+async def as_user(pool: Pool, tenant_id: str, *, user_id: str) -> AsyncIterator[Connection]:
     """A transaction in which row-level security shows what this user may see, and nothing else."""
     with reachable():
         async with pool.acquire(timeout=CONNECT_SECONDS_MAX) as connection, connection.transaction():
@@ -89,7 +89,7 @@ def load_queries(package: str) -> dict[str, str]:
     return queries
 
 
-async def migrate(owner_url: str, directory: Path, schema: str, role_url: str) -> None:
+async def migrate(owner_url: str, directory: Path, *, schema: str, role_url: str) -> None:
     """Brings a schema to its newest version, one process at a time, and lets the service's role log in.
 
     `role_url` is what the service connects with: its user must be the role that the migrations made; its password, if

@@ -50,7 +50,7 @@ class Service:
 
 
 def run(
-    name: str, settings_class: type[Settings], main: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]
+    name: str, settings_class: type[Settings], *, main: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]
 ) -> int:
     """Runs a process to its end and returns its exit code: 0 after a signal, 2 for bad settings, 1 when it failed.
 
@@ -61,7 +61,7 @@ def run(
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_SETTINGS
-    telemetry.configure(name, settings.instance_id, settings.log_level)
+    telemetry.configure(name, settings.instance_id, level=settings.log_level)
     if settings.metrics_listen:
         telemetry.serve_metrics(settings.metrics_listen)
     try:
@@ -105,7 +105,7 @@ async def serving(
     telemetry.logger().info("server_started", address=settings.listen, port=port)
     gc.freeze()
     try:
-        async with background(_report_readiness(checks, ["readiness", *names], ready)):
+        async with background(_report_readiness(checks, ["readiness", *names], ready=ready)):
             await checks.set("liveness", health_pb2.HealthCheckResponse.SERVING)
             yield port
     finally:
@@ -113,7 +113,7 @@ async def serving(
         await server.stop(settings.drain_seconds)
 
 
-async def _report_readiness(checks: Any, names: Sequence[str], ready: Callable[[], bool]) -> None:
+async def _report_readiness(checks: Any, names: Sequence[str], *, ready: Callable[[], bool]) -> None:
     """Any: the health package ships no types."""
     known: bool | None = None
     while True:

@@ -141,6 +141,7 @@ class Replies(Generic[Item]):
 async def serve_batches(
     requests: AsyncIterator[Request],
     replies: Replies[Item],
+    *,
     receive: Callable[[Request], None],
     frame: Callable[[list[Item]], Response],
 ) -> AsyncIterator[Response]:
@@ -310,7 +311,7 @@ class BatchPool(Generic[Sent, Answer]):
             try:
                 await self._converse(link)
             except (grpc.RpcError, *_BROKEN_CALL) as error:
-                _log_break(self._name, link.address, error)
+                _log_break(self._name, link.address, error=error)
             delay = _RECONNECT_SECONDS_MIN if link.is_live else min(delay * 2, _RECONNECT_SECONDS_MAX)
             link.is_live = False
             link.rewind()
@@ -378,7 +379,7 @@ class BatchPool(Generic[Sent, Answer]):
                 link.add(item, future)
 
 
-def _log_break(name: str, address: str, error: Exception) -> None:
+def _log_break(name: str, address: str, *, error: Exception) -> None:
     """A peer that went away is an everyday matter; any other reason is somebody's fault and must be seen."""
     code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
     log = telemetry.logger().debug if code in ("UNAVAILABLE", "CANCELLED") else telemetry.logger().warning

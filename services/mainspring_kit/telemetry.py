@@ -21,7 +21,7 @@ RPC_SECONDS: Final = Histogram(
 )
 
 
-def configure(name: str, instance_id: str, level: str) -> None:
+def configure(name: str, instance_id: str, *, level: str) -> None:
     """Sends all logs of the process, structlog's and the libraries', to standard error as JSON lines."""
     number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[structlog.typing.Processor] = [

@@ -53,7 +53,9 @@ def _service(servicer: RegistryServicer) -> server.Service:
 async def migrate(settings: MigrateSettings, stop: asyncio.Event) -> None:
     """Brings the schema `registry` to its newest version."""
     with resources.as_file(PACKAGE.joinpath("sql/migrations")) as directory:
-        await postgres.migrate(settings.owner_database_url, Path(directory), "registry", settings.database_url)
+        await postgres.migrate(
+            settings.owner_database_url, Path(directory), schema="registry", role_url=settings.database_url
+        )
 
 
 def main() -> int:
@@ -61,8 +63,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mainspring_registry", description=__doc__)
     parser.add_argument("command", nargs="?", default="serve", choices=["serve", "migrate"])
     if parser.parse_args().command == "migrate":
-        return server.run("registry", MigrateSettings, migrate)
-    return server.run("registry", RegistrySettings, serve)
+        return server.run("registry", MigrateSettings, main=migrate)
+    return server.run("registry", RegistrySettings, main=serve)
 
 
 if __name__ == "__main__":

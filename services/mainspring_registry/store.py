@@ -33,7 +33,7 @@ class Store:
     async def register_agent(self, user: UserExecutionContext, agent: types_pb2.Agent) -> tuple[types_pb2.Agent, bool]:
         """Stores a specification as the next version: that and True; or the newest and False when it is the same."""
         spec = agent.spec.decode()
-        async with postgres.as_user(self._pool, user.tenant_id, user.user_id) as connection:
+        async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
             newest = await connection.fetchrow(_SQL["read_newest"], user.tenant_id, agent.name)
             if newest is not None and newest["spec"] == spec:
                 return _to_agent(newest), False
@@ -58,7 +58,7 @@ class Store:
 
     async def get_agent(self, user: UserExecutionContext, name: str, *, version: int) -> types_pb2.Agent:
         """A version, 0: the newest. AGENT_NOT_FOUND, VERSION_NOT_FOUND."""
-        async with postgres.as_user(self._pool, user.tenant_id, user.user_id) as connection:
+        async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
             row = None
             if version:
                 row = await connection.fetchrow(_SQL["read_version"], user.tenant_id, name, version)
@@ -75,7 +75,7 @@ class Store:
     ) -> tuple[list[types_pb2.Agent], str]:
         """A page of agents by name, and the token of the next."""
         size = catalog.read_page_size(request.page_size)
-        async with postgres.as_user(self._pool, user.tenant_id, user.user_id) as connection:
+        async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
             rows = await connection.fetch(
                 _SQL["list_agents"],
                 user.tenant_id,
@@ -93,7 +93,7 @@ class Store:
     ) -> tuple[list[types_pb2.Agent], str]:
         """A page of an agent's versions, newest first, and the token of the next. AGENT_NOT_FOUND."""
         size = catalog.read_page_size(request.page_size)
-        async with postgres.as_user(self._pool, user.tenant_id, user.user_id) as connection:
+        async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
             rows = await connection.fetch(
                 _SQL["list_versions"],
                 user.tenant_id,
@@ -138,7 +138,7 @@ class Store:
     ) -> tuple[list[types_pb2.Tool], str]:
         """A page of the tools that the user's tenant may call by name, and the token of the next."""
         size = catalog.read_page_size(request.page_size)
-        async with postgres.as_user(self._pool, user.tenant_id, user.user_id) as connection:
+        async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
             rows = await connection.fetch(
                 _SQL["list_tools"],
                 user.tenant_id,
@@ -172,10 +172,10 @@ class Store:
     async def _for_tools(self, user: UserExecutionContext | None) -> AsyncIterator[postgres.Connection]:
         """A transaction of the user's, None: one that may write shared tools."""
         if user is not None:
-            async with postgres.as_user(self._pool, user.tenant_id, user.user_id) as connection:
+            async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
                 yield connection
         else:
-            async with postgres.as_user(self._pool, "", "") as connection:
+            async with postgres.as_user(self._pool, "", user_id="") as connection:
                 await connection.execute(_SQL["allow_shared_tools"])
                 yield connection
 

@@ -46,7 +46,7 @@ class Recorder(rpc.StateServiceServicer):
                     replies.put(pb.AppendResult(item_id=item.item_id, run_id=item.run_id))
 
         async for response in serve_batches(
-            request_iterator, replies, receive, lambda items: pb.AppendResponse(results=items)
+            request_iterator, replies, receive=receive, frame=lambda items: pb.AppendResponse(results=items)
         ):
             yield response
 
