@@ -1,0 +1,85 @@
+"""What one immutable version of an agent asks for, read once from its specification."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+from mainspring.v1 import types_pb2
+from mainspring_kit.errors import MainspringError, Reason
+
+TIMEOUT_SECONDS_DEFAULT: Final = 300.0
+TIMEOUT_SECONDS_MAX: Final = 86_400.0
+STEPS_DEFAULT: Final = 25
+STEPS_MAX: Final = 1_000
+CALLS_PER_STEP_MAX: Final = 32
+
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?")
+_UNIT_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, None: 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class AgentPlan:
+    """A version of an agent, ready to be run. `output_schema` None: any result is right."""
+
+    agent: str
+    version: str
+    provider: str
+    # The provider's own part of the specification, JSON values: Any.
+    model: Mapping[str, Any]
+    instructions: str
+    tools: frozenset[str]
+    output_schema: Draft202012Validator | None
+    timeout_seconds: float
+    steps_max: int
+
+
+def read_plan(agent: types_pb2.Agent) -> AgentPlan:
+    """Reads a registered version; SPEC_INVALID when it asks for what this release cannot do."""
+    spec = orjson.loads(agent.spec)
+    limits = spec.get("limits") or {}
+    model = spec.get("model") or {}
+    timeout_seconds = read_seconds(limits.get("timeout", TIMEOUT_SECONDS_DEFAULT), field="limits.timeout")
+    return AgentPlan(
+        agent=agent.name,
+        version=agent.version,
+        provider=model.get("provider", ""),
+        model=model,
+        instructions=spec.get("instructions") or "",
+        tools=frozenset(spec.get("tools") or ()),
+        output_schema=_read_schema(spec.get("output_schema")),
+        timeout_seconds=min(timeout_seconds, TIMEOUT_SECONDS_MAX),
+        steps_max=min(int(limits.get("max_steps", STEPS_DEFAULT)), STEPS_MAX),
+    )
+
+
+def read_seconds(value: object, *, field: str) -> float:
+    """A duration of a specification, `100ms`, `30s`, `5m`, `1h` or a number of seconds, in seconds."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+        return float(value)
+    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise spec_invalid(field, f"{value!r} is not a duration such as 100ms, 30s, 5m or 1h")
+    return float(match[1]) * _UNIT_SECONDS[match[2]]
+
+
+def spec_invalid(field: str, fault: str) -> MainspringError:
+    """The error of a specification that cannot be run."""
+    return MainspringError(
+        Reason.SPEC_INVALID, f"{field}: {fault}. Register a new version of the agent that says it right.", field=field
+    )
+
+
+def _read_schema(schema: object) -> Draft202012Validator | None:
+    if schema is None or schema == {} or schema is True:
+        return None
+    try:
+        Draft202012Validator.check_schema(schema)  # type: ignore[arg-type]  # it is this call that checks the type
+    except SchemaError as error:
+        raise spec_invalid("output_schema", error.message) from error
+    return Draft202012Validator(schema)  # type: ignore[arg-type]  # checked above

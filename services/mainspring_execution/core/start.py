@@ -1,0 +1,100 @@
+"""A start request: what it must be, what it hashes to, and the append that makes its run."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Final
+
+import orjson
+from mainspring.v1 import events_pb2, execution_pb2, state_pb2
+from mainspring_kit.errors import MainspringError, Reason, Violation
+
+from mainspring_execution.core.plan import AgentPlan
+from mainspring_execution.core.record import Envelope
+
+_RUN_ID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+_UUID: Final = re.compile(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")
+
+
+def is_run_id(run_id: str) -> bool:
+    """Whether a run could have this id."""
+    return _UUID.fullmatch(run_id) is not None
+
+
+def check_run_id(run_id: str) -> None:
+    """REQUEST_INVALID when a new run cannot have this id."""
+    if not _RUN_ID.fullmatch(run_id):
+        raise _request_invalid("context.run_id", "it must be a UUIDv7 in lower case")
+
+
+def read_input(data: bytes) -> bytes:
+    """The input as it is stored; REQUEST_INVALID when it is not JSON."""
+    if not data:
+        return b"{}"
+    try:
+        orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise _request_invalid("start.input", f"it is not JSON: {error}") from error
+    return data
+
+
+def hash_request(start: execution_pb2.StartRunRequest, session_id: str) -> bytes:
+    """SHA-256 over what the client asked for: what must be the same when an idempotency key comes again."""
+    digest = hashlib.sha256()
+    for part in (
+        start.agent.encode(),
+        start.alias.encode(),
+        start.version.encode(),
+        session_id.encode(),
+        start.input,
+    ):
+        digest.update(len(part).to_bytes(4, "big"))
+        digest.update(part)
+    return digest.digest()
+
+
+def make_create(
+    plan: AgentPlan,
+    start: execution_pb2.StartRunRequest,
+    *,
+    envelope: Envelope,
+    user_id: str,
+    asked_session_id: str,
+    input_json: bytes,
+    executor_id: str,
+    follower_id: str,
+    now: float,
+) -> tuple[state_pb2.CreateRun, events_pb2.RunEvent]:
+    """The create of a run and its agent_started; `now` in seconds since 1970."""
+    create = state_pb2.CreateRun(
+        user_id=user_id,
+        session_id=envelope.session_id,
+        agent=plan.agent,
+        agent_version=plan.version,
+        input=input_json,
+        idempotency_key=start.idempotency_key,
+        request_hash=hash_request(start, asked_session_id) if start.idempotency_key else b"",
+        executor_id=executor_id,
+        trace_id=envelope.trace_id,
+        follower_id=follower_id,
+    )
+    create.deadline.FromMicroseconds(int((now + plan.timeout_seconds) * 1e6))
+    started = events_pb2.AgentStarted(agent_version=plan.version, input=input_json, attempt=1)
+    return create, envelope.event(1, agent_started=started)
+
+
+def run_not_found(run_id: str) -> MainspringError:
+    """RUN_NOT_FOUND: no run can have this id."""
+    return MainspringError(
+        Reason.RUN_NOT_FOUND, f"There is no run {run_id[:64]!r}: list the runs for the right id.", run_id=run_id[:64]
+    )
+
+
+def _request_invalid(field: str, fault: str) -> MainspringError:
+    return MainspringError(
+        Reason.REQUEST_INVALID,
+        f"The start breaks its rules: {field}: {fault}.",
+        violations=[Violation(field, fault)],
+        field=field,
+    )

@@ -1,0 +1,124 @@
+"""How a run waits: for whatever comes first, an answer or an interrupt. Interrupts only wake; the run's task acts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
+
+from mainspring.v1 import state_pb2
+
+Answer = TypeVar("Answer")
+
+
+class Attention:
+    """What may interrupt one run, and its waits. Each wait returns early when interrupted; the caller looks why."""
+
+    __slots__ = (
+        "_thinking",
+        "_waiter",
+        "cancel_input",
+        "is_abandoned",
+        "is_awaiting_answers",
+        "is_ending",
+        "is_expired",
+        "is_troubled",
+    )
+
+    def __init__(self) -> None:
+        self.cancel_input: state_pb2.RunInput | None = None
+        self.is_expired = False
+        self.is_troubled = False
+        self.is_abandoned = False
+        # The terminal event is on its way: a cancel or the deadline comes too late to interrupt anything.
+        self.is_ending = False
+        # Only then an answered append is worth waking for.
+        self.is_awaiting_answers = False
+        self._waiter: asyncio.Future[None] | None = None
+        # Any: what the task returns is nobody's concern here.
+        self._thinking: asyncio.Task[Any] | None = None
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the run shall look up from what it waits for."""
+        if self.is_abandoned or self.is_troubled:
+            return True
+        return not self.is_ending and (self.is_expired or self.cancel_input is not None)
+
+    def cancel(self, request: state_pb2.RunInput) -> None:
+        """Somebody asked for the run's end."""
+        if self.cancel_input is None:
+            self.cancel_input = request
+            self._interrupt()
+
+    def expire(self) -> None:
+        """The run's deadline passed."""
+        self.is_expired = True
+        self._interrupt()
+
+    def abandon(self) -> None:
+        """The run is no longer this process's: nothing more may be done for it."""
+        self.is_abandoned = True
+        self._interrupt()
+
+    def alarm(self) -> None:
+        """An append was refused."""
+        self.is_troubled = True
+        self._interrupt()
+
+    def hear_answer(self) -> None:
+        """An append became durable."""
+        if self.is_awaiting_answers:
+            self.wake()
+
+    def wake(self, _: object = None) -> None:
+        """Ends the wait under way, if there is one."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self, futures: Iterable[asyncio.Future[Any]] = ()) -> None:
+        """Until one of the futures is done (Any: of whatever), or `wake`, or an interrupt."""
+        if self.is_interrupted:
+            return
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        awaited = [future for future in futures if not future.done()]
+        for future in awaited:
+            future.add_done_callback(self.wake)
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            for future in awaited:
+                future.remove_done_callback(self.wake)
+
+    async def pause(self, seconds: float) -> None:
+        """For so many seconds, or until an interrupt."""
+        timer = asyncio.get_running_loop().call_later(seconds, self.wake)
+        try:
+            await self.wait()
+        finally:
+            timer.cancel()
+
+    async def listen(self, thinking: Coroutine[Any, Any, Answer]) -> Answer | None:
+        """Awaits a coroutine (Any: as typed by Python) and cancels it at an interrupt; None when interrupted."""
+        if self.is_interrupted:
+            thinking.close()
+            return None
+        task = self._thinking = asyncio.current_task()
+        try:
+            return await thinking
+        except asyncio.CancelledError:
+            # As asyncio.timeout does: a cancel of ours is taken back, anybody else's goes on.
+            if task is not None and self.is_interrupted and task.uncancel() == 0:
+                return None
+            raise
+        finally:
+            self._thinking = None
+
+    def _interrupt(self) -> None:
+        if not self.is_interrupted:
+            return
+        self.wake()
+        if self._thinking is not None:
+            task, self._thinking = self._thinking, None
+            task.cancel()

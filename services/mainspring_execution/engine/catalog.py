@@ -1,0 +1,116 @@
+"""Execution's copy of the catalog: which version a name means, what effect a tool has. Never trusted once stale."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from mainspring.v1 import registry_pb2, types_pb2
+from mainspring_kit import telemetry
+from mainspring_kit.identity import UserExecutionContext
+
+from mainspring_execution.core.plan import AgentPlan, read_plan
+from mainspring_execution.models import Model, make_model
+from mainspring_execution.peers import Registry
+
+STALE_SECONDS: Final = 1.0
+AGENTS_MAX: Final = 100_000
+TOOLS_MAX: Final = 100_000
+PREPARED_MAX: Final = 4_096
+RECONNECT_SECONDS_MAX: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAgent:
+    """A version of an agent, compiled."""
+
+    plan: AgentPlan
+    model: Model
+
+
+class Catalog:
+    """The copy, kept by `watch`; asks the registry where the copy cannot answer."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._newest: dict[tuple[str, str], types_pb2.Agent] = {}
+        self._effects: dict[tuple[str, str], types_pb2.EffectClass.ValueType] = {}
+        self._prepared: OrderedDict[tuple[str, str, str], PreparedAgent] = OrderedDict()
+        self._revision = 0
+        self._heard_time = float("-inf")
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the copy is whole and at most a second old."""
+        return self._revision > 0 and time.monotonic() - self._heard_time < STALE_SECONDS
+
+    async def watch(self) -> None:
+        """Keeps the copy up to date, as long as it is awaited."""
+        delay = 0.05
+        while True:
+            try:
+                async for change in self._registry.watch(self._revision):
+                    self.apply(change)
+                    delay = 0.05
+            except grpc.aio.AioRpcError as error:
+                telemetry.logger().warning("catalog_lost", code=error.code().name)
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+            delay = min(delay * 2, RECONNECT_SECONDS_MAX)
+
+    def apply(self, change: registry_pb2.WatchCatalogResponse) -> None:
+        """Takes a frame of the watch."""
+        for entry in change.agents:
+            self._apply_agent(entry)
+        for tool in change.tools:
+            key = (tool.tenant_id, tool.tool.name)
+            if len(self._effects) < TOOLS_MAX or key in self._effects:
+                self._effects[key] = tool.tool.effect
+        self._revision = change.revision or self._revision
+        self._heard_time = time.monotonic()
+
+    async def resolve(
+        self, context: UserExecutionContext, name: str, *, alias: str = "", version: str = ""
+    ) -> PreparedAgent:
+        """The version that a new run gets; AGENT_NOT_FOUND, VERSION_NOT_FOUND, SPEC_INVALID.
+
+        A name that the copy does not know is asked for too: it may have been registered just now.
+        """
+        newest = self._newest.get((context.tenant_id, name)) if self.is_fresh else None
+        if newest is not None and (version == newest.version if version else alias in ("", "stable")):
+            return self._prepare(context.tenant_id, newest)
+        agent = await self._registry.resolve(context, name, alias=alias, version=version)
+        return self._prepare(context.tenant_id, agent)
+
+    async def recall(self, context: UserExecutionContext, name: str, *, version: str) -> PreparedAgent:
+        """The version that a run has begun with, which may no longer be what new runs get."""
+        prepared = self._prepared.get((context.tenant_id, name, version))
+        return prepared or await self.resolve(context, name, version=version)
+
+    def effect_of(self, tool: str, *, tenant_id: str) -> types_pb2.EffectClass.ValueType:
+        """What a second call of a tool would do; an unknown tool is taken for unsafe."""
+        return self._effects.get((tenant_id, tool), self._effects.get(("", tool), types_pb2.EFFECT_CLASS_UNSAFE))
+
+    def _apply_agent(self, entry: registry_pb2.CatalogAgent) -> None:
+        key = (entry.tenant_id, entry.agent.name)
+        known = self._newest.get(key)
+        if entry.deleted:
+            self._newest.pop(key, None)
+        elif known is None and len(self._newest) >= AGENTS_MAX:
+            return
+        elif known is None or int(entry.agent.version) >= int(known.version):
+            self._newest[key] = entry.agent
+
+    def _prepare(self, tenant_id: str, agent: types_pb2.Agent) -> PreparedAgent:
+        key = (tenant_id, agent.name, agent.version)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            plan = read_plan(agent)
+            prepared = self._prepared[key] = PreparedAgent(plan, make_model(plan))
+            if len(self._prepared) > PREPARED_MAX:
+                self._prepared.popitem(last=False)
+        return prepared

@@ -1,0 +1,114 @@
+"""Runs that nobody drives: claims them from the state instance that beats go to, and takes each up from its log."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Final
+
+import grpc
+from mainspring.v1 import events_pb2, state_pb2, types_pb2
+from mainspring_kit import telemetry
+from mainspring_kit.errors import MainspringError
+from mainspring_kit.identity import UserExecutionContext, new_id
+
+from mainspring_execution.core.decision import check_takeover
+from mainspring_execution.core.progress import fold
+from mainspring_execution.engine.catalog import PreparedAgent
+from mainspring_execution.engine.drive import Surroundings, make_drive
+from mainspring_execution.engine.runs import Runs
+from mainspring_execution.peers import UNREACHED
+
+RETRY_SECONDS: Final = 0.25
+
+
+class Claims:
+    """Claims as many runs as there is room for, as long as `run` is awaited."""
+
+    def __init__(self, surroundings: Surroundings, runs: Runs) -> None:
+        self._around = surroundings
+        self._runs = runs
+
+    async def run(self) -> None:
+        """Keeps a stream of claims open while this process may drive more."""
+        lease = self._around.lease
+        while not self._runs.is_draining:
+            if lease.is_held and lease.address and self._runs.room:
+                try:
+                    await self._claim(lease.address)
+                except grpc.aio.AioRpcError as error:
+                    telemetry.logger().info("claims_broken", address=lease.address, code=error.code().name)
+            await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
+
+    async def _claim(self, address: str) -> None:
+        """Takes claimed runs from one stream until its credit is used up."""
+        credit = self._runs.room
+        call = self._around.state.open_claims(address, executor_id=self._around.lease.executor_id, credit=credit)
+        try:
+            async for response in call:
+                for claimed in response.runs:
+                    self._runs.spawn(self._take_over(claimed))
+                credit -= len(response.runs)
+                if credit <= 0 or self._runs.is_draining:
+                    return
+        finally:
+            call.cancel()
+
+    async def _take_over(self, claimed: state_pb2.ClaimedRun) -> None:
+        """Takes a claimed run up where its log ends."""
+        try:
+            await self._drive(claimed)
+        except Exception as fault:  # a fault of ours in one run must not end the others
+            telemetry.logger().error("takeover_faulted", run_id=claimed.run.run_id, exc_info=fault)
+
+    async def _drive(self, claimed: state_pb2.ClaimedRun) -> None:
+        arrived = time.perf_counter()
+        run = claimed.run
+        context = UserExecutionContext(
+            tenant_id=run.tenant_id,
+            user_id=run.user_id,
+            session_id=run.session_id,
+            run_id=run.run_id,
+            request_id=new_id(),
+            trace_id=run.trace_id,
+        )
+        log = await self._read_log(context, run)
+        agent: PreparedAgent | MainspringError | None = check_takeover(fold(log), run_id=run.run_id) if log else None
+        agent = agent or await self._recall_agent(context, run)
+        drive = make_drive(
+            self._around,
+            context,
+            agent=agent,
+            run=run,
+            state_id=self._around.state.appends.pick_instance(),
+            arrived=arrived,
+        )
+        drive.resume(log)
+        if log:
+            drive.record_recovery(attempt=claimed.takeovers, executor_id=self._around.lease.executor_id)
+        for request in claimed.inputs:
+            drive.attention.cancel(request)
+        telemetry.logger().info("run_claimed", run_id=run.run_id, epoch=run.epoch, takeovers=claimed.takeovers)
+        await self._runs.drive(drive)
+
+    async def _read_log(self, context: UserExecutionContext, run: types_pb2.Run) -> list[events_pb2.RunEvent]:
+        if not run.last_seq:
+            return []
+        while True:
+            try:
+                return await self._around.state.read_events(context, run.run_id)
+            except MainspringError as error:
+                if error.code not in UNREACHED:
+                    raise
+            await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
+
+    async def _recall_agent(self, context: UserExecutionContext, run: types_pb2.Run) -> PreparedAgent | MainspringError:
+        """The version that the run began with; an error is what the run then fails with."""
+        while True:
+            try:
+                return await self._around.catalog.recall(context, run.agent, version=run.agent_version)
+            except MainspringError as error:
+                if error.code not in UNREACHED:
+                    return error
+            await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))

@@ -1,0 +1,146 @@
+"""The log of one run as its holder writes it: events numbered, folded and appended in order, and what state says."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from google.rpc import code_pb2
+from mainspring.v1 import events_pb2, state_pb2
+from mainspring_kit.errors import MainspringError, from_status
+from mainspring_kit.identity import new_id
+
+from mainspring_execution.core.progress import Progress
+from mainspring_execution.core.record import Envelope
+from mainspring_execution.engine.attention import Attention
+from mainspring_execution.peers import UNREACHED, AppendPool
+
+EVENTS_PER_APPEND_MAX: Final = 64
+# Under the largest message that a stream takes, with an event of 16 MiB beside it.
+PENDING_BYTES_MAX: Final = 2 << 20
+RETRY_SECONDS: Final = 0.25
+
+_Sent = tuple[state_pb2.Append, asyncio.Future[state_pb2.AppendResult]]
+
+
+class Journal:
+    """Events go `record` -> pending -> `flush` -> unanswered -> durable. `trouble`: why an append was refused."""
+
+    def __init__(
+        self,
+        appends: AppendPool,
+        envelope: Envelope,
+        *,
+        tenant_id: str,
+        epoch: int,
+        state_id: str,
+        attention: Attention,
+    ) -> None:
+        self.progress = Progress()
+        self.envelope = envelope
+        self.epoch = epoch
+        self.trouble: MainspringError | None = None
+        self._appends = appends
+        self._tenant_id = tenant_id
+        self._state_id = state_id
+        self._attention = attention
+        self._pending: list[events_pb2.RunEvent] = []
+        self._pending_bytes = 0
+        self._unanswered: deque[_Sent] = deque()
+        self._retry: asyncio.TimerHandle | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every append was answered."""
+        return not self._unanswered
+
+    def record(self, **payload: object) -> events_pb2.RunEvent:
+        """Writes down what happened next; it is sent with the next flush."""
+        event = self.envelope.event(self.progress.seq + 1, **payload)
+        size_bytes = event.ByteSize()
+        if len(self._pending) >= EVENTS_PER_APPEND_MAX or self._pending_bytes + size_bytes > PENDING_BYTES_MAX:
+            self.flush()
+        self.progress.apply(event)
+        self._pending.append(event)
+        self._pending_bytes += size_bytes
+        return event
+
+    def flush(self, consumed_request_ids: Sequence[str] = ()) -> None:
+        """Sends what is pending as one append. Its answer is awaited by nobody here; see `is_settled` and `trouble`."""
+        if not self._pending:
+            return
+        append_id = new_id()
+        for event in self._pending:
+            event.append_id = append_id
+        append = state_pb2.Append(
+            append_id=append_id,
+            tenant_id=self._tenant_id,
+            run_id=self.envelope.run_id,
+            expected_seq=self._pending[0].seq - 1,
+            epoch=self.epoch,
+            events=self._pending,
+            consumed_request_ids=consumed_request_ids,
+        )
+        self._pending = []
+        self._pending_bytes = 0
+        self._post(append)
+
+    def restore(self, progress: Progress) -> None:
+        """Goes on from what is durable; what is pending or was refused is forgotten."""
+        self.progress = progress
+        self.trouble = None
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        self._pending.clear()
+        self._pending_bytes = 0
+        self._unanswered.clear()
+
+    async def wait_answered(self) -> None:
+        """Until every append has an answer, refusals included; state answers each, and the streams see to that."""
+        for _, future in list(self._unanswered):
+            await asyncio.shield(future)
+
+    def _post(self, append: state_pb2.Append) -> None:
+        if self.is_settled:
+            # All appends of a run go one way; it may change only while none is unanswered.
+            self._state_id = self._appends.pick_instance(self._state_id) or self._state_id
+        future = self._appends.post(append, instance_id=self._state_id)
+        self._unanswered.append((append, future))
+        future.add_done_callback(self._take_answer)
+
+    def _take_answer(self, _: asyncio.Future[state_pb2.AppendResult]) -> None:
+        """Answers come in any order; the refusal that counts is that of the first append refused."""
+        while self._unanswered and (future := self._unanswered[0][1]).done():
+            if future.cancelled():
+                return
+            status = future.result().status
+            if status.code == code_pb2.OK:
+                self._unanswered.popleft()
+                continue
+            refusal = from_status(status)
+            if refusal.code in UNREACHED or refusal.reason_name == "QUEUE_FULL":
+                self._post_again_when_answered()
+                return
+            self.trouble = self.trouble or refusal
+            self._attention.alarm()
+            return
+        self._attention.hear_answer()
+
+    def _post_again_when_answered(self) -> None:
+        """Sends the first refused append and all after it again, in order and under the same ids, in a moment."""
+        if self._retry is None and all(future.done() for _, future in self._unanswered):
+            loop = asyncio.get_running_loop()
+            self._retry = loop.call_later(RETRY_SECONDS * random.uniform(0.5, 1.0), self._post_again)
+
+    def _post_again(self) -> None:
+        self._retry = None
+        if self._attention.is_abandoned:
+            return
+        refused = [append for append, _ in self._unanswered]
+        self._unanswered.clear()
+        for append in refused:
+            self._post(append)

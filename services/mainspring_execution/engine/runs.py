@@ -1,0 +1,245 @@
+"""The runs of this process: makes them durable, drives each in a task of its own, and hands all back when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any, Final
+
+from google.rpc import code_pb2
+from mainspring.v1 import execution_pb2, state_pb2, types_pb2
+from mainspring_kit import telemetry
+from mainspring_kit.errors import MainspringError, Reason, from_status, to_status
+from mainspring_kit.identity import UserExecutionContext, new_id
+from mainspring_kit.interceptors import validate
+
+from mainspring_execution.core.plan import AgentPlan
+from mainspring_execution.core.record import Envelope
+from mainspring_execution.core.start import check_run_id, make_create, read_input
+from mainspring_execution.engine.drive import Drive, Surroundings, make_drive
+from mainspring_execution.engine.ending import internal_fault
+
+RETRY_SECONDS: Final = 0.25
+EARLY_INPUTS_MAX: Final = 1_024
+# State gave no verdict on a create: it may be durable, so it is sent again until there is one.
+UNDECIDED: Final = (code_pb2.UNAVAILABLE, code_pb2.DEADLINE_EXCEEDED)
+
+Reply = Callable[[execution_pb2.StartResult], None]
+
+
+class Runs:
+    """The runs under way, at most `runs_max`; their tasks belong to the group that `open` was given."""
+
+    def __init__(self, surroundings: Surroundings, *, runs_max: int) -> None:
+        self.is_draining = False
+        self._around = surroundings
+        self._runs_max = runs_max
+        self._tasks: asyncio.TaskGroup | None = None
+        self._drives: dict[str, Drive] = {}
+        self._early_inputs: OrderedDict[str, state_pb2.RunInput] = OrderedDict()
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def open(self, tasks: asyncio.TaskGroup) -> None:
+        """Runs may be started from now on."""
+        self._tasks = tasks
+
+    @property
+    def room(self) -> int:
+        """How many runs can be driven more."""
+        return 0 if self.is_draining else max(0, self._runs_max - self._under_way)
+
+    def start(self, item: execution_pb2.StartItem, reply: Reply) -> None:
+        """Starts a run; `reply` gets the one answer, when the run is durable or refused."""
+        refusal = self._refuse_start()
+        if refusal is None:
+            self.spawn(self._start(item, reply))
+        else:
+            reply(_refused(item.item_id, refusal))
+
+    def spawn(self, driving: Coroutine[Any, Any, None]) -> None:
+        """Runs a coroutine that drives one run (Any: as Python types coroutines), counted until it ends."""
+        assert self._tasks is not None, "runs are spawned once the group is open"
+        self._under_way += 1
+        self._idle.clear()
+        self._tasks.create_task(driving).add_done_callback(self._leave)
+
+    async def drive(self, drive: Drive) -> None:
+        """Drives a run to its end here; a former drive of the same run is given up."""
+        run_id = drive.run_id
+        former = self._drives.get(run_id)
+        if former is not None:
+            former.attention.abandon()
+        self._drives[run_id] = drive
+        early = self._early_inputs.pop(run_id, None)
+        if early is not None:
+            drive.attention.cancel(early)
+        try:
+            await drive.run()
+        finally:
+            if self._drives.get(run_id) is drive:
+                del self._drives[run_id]
+
+    def take_input(self, request: state_pb2.RunInput) -> None:
+        """Hands an input to its run, or keeps it for the run that is just being created or taken over."""
+        drive = self._drives.get(request.run_id)
+        if drive is not None:
+            drive.attention.cancel(request)
+            return
+        self._early_inputs[request.run_id] = request
+        if len(self._early_inputs) > EARLY_INPUTS_MAX:
+            self._early_inputs.popitem(last=False)
+
+    async def drain(self, seconds: float) -> None:
+        """Starts no more, lets what runs end within so many seconds, and gives up what has not."""
+        self.is_draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            telemetry.logger().info("runs_handed_back", count=len(self._drives))
+        for drive in self._drives.values():
+            drive.attention.abandon()
+
+    def _leave(self, _: asyncio.Task[None]) -> None:
+        self._under_way -= 1
+        if not self._under_way:
+            self._idle.set()
+
+    def _refuse_start(self) -> MainspringError | None:
+        if self.is_draining:
+            return draining()
+        if self._tasks is None or not self._around.lease.is_held:
+            return MainspringError(
+                Reason.PEER_UNAVAILABLE,
+                "This executor has no lease from state now and may start nothing: try again in a moment.",
+                peer="state",
+            )
+        if not self.room:
+            return MainspringError(
+                Reason.QUEUE_FULL,
+                f"This executor drives {self._runs_max} runs, its maximum: try again in a moment.",
+                queue="runs",
+                limit=self._runs_max,
+            )
+        return None
+
+    async def _start(self, item: execution_pb2.StartItem, reply: Reply) -> None:
+        drive = None
+        try:
+            result, drive = await self._create(item)
+        except MainspringError as error:
+            result = _refused(item.item_id, error)
+        except Exception as fault:  # a fault of ours in one start must not end the others
+            telemetry.logger().error("start_faulted", run_id=item.context.run_id, exc_info=fault)
+            result = _refused(item.item_id, internal_fault(item.context.run_id))
+        reply(result)
+        if drive is not None:
+            await self.drive(drive)
+
+    async def _create(self, item: execution_pb2.StartItem) -> tuple[execution_pb2.StartResult, Drive | None]:
+        """Makes a run durable; with the drive of it if it is this process's to drive."""
+        arrived = time.perf_counter()
+        validate(item)
+        start = item.start
+        context = _read_context(item)
+        check_run_id(context.run_id)
+        input_json = read_input(start.input)
+        agent = await self._around.catalog.resolve(context, start.agent, alias=start.alias, version=start.version)
+        append, run = _make_append(
+            item, context, plan=agent.plan, input_json=input_json, executor_id=self._around.lease.executor_id
+        )
+        state_id = self._around.state.appends.pick_instance(item.state_id) or item.state_id
+        answer = await self._post(append, state_id)
+        result = execution_pb2.StartResult(
+            item_id=item.item_id, run_id=answer.run_id, state=answer.state, repeated_key=answer.repeated_key
+        )
+        if answer.status.code != code_pb2.OK:
+            return await self._find_existing(item.item_id, context, refusal=from_status(answer.status)), None
+        if answer.repeated_key or answer.state != types_pb2.RUN_STATE_RUNNING:
+            return result, None
+        run.ordinal = answer.ordinal
+        drive = make_drive(self._around, context, agent=agent, run=run, state_id=state_id, arrived=arrived)
+        drive.resume(append.events)
+        return result, drive
+
+    async def _post(self, append: state_pb2.Append, state_id: str) -> state_pb2.AppendResult:
+        """Appends until there is a verdict: a create without one may have made this process its holder."""
+        while True:
+            answer = await self._around.state.appends.post(append, instance_id=state_id)
+            if answer.status.code not in UNDECIDED:
+                return answer
+            await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
+
+    async def _find_existing(
+        self, item_id: int, context: UserExecutionContext, *, refusal: MainspringError
+    ) -> execution_pb2.StartResult:
+        """A start that was sent again is answered with the run that its first sending made."""
+        if refusal.reason_name not in ("RUN_EXISTS", "APPEND_STALE"):
+            raise refusal
+        try:
+            run = await self._around.state.get_run(context, context.run_id)
+        except MainspringError as error:
+            # Somebody else's run: whose is not told.
+            raise refusal from error
+        return execution_pb2.StartResult(item_id=item_id, run_id=run.run_id, state=run.state)
+
+
+def draining() -> MainspringError:
+    """DRAINING: this process takes nothing new."""
+    return MainspringError(
+        Reason.DRAINING, "This executor is leaving: send the start to another one.", peer="execution"
+    )
+
+
+def _read_context(item: execution_pb2.StartItem) -> UserExecutionContext:
+    """For whom the run is; a session of its own where none is named."""
+    context = UserExecutionContext.from_message(item.context)
+    session_id = item.start.session_id or context.session_id or context.run_id
+    return context if session_id == context.session_id else replace(context, session_id=session_id)
+
+
+def _make_append(
+    item: execution_pb2.StartItem,
+    context: UserExecutionContext,
+    *,
+    plan: AgentPlan,
+    input_json: bytes,
+    executor_id: str,
+) -> tuple[state_pb2.Append, types_pb2.Run]:
+    now = time.time()
+    envelope = Envelope(context.run_id, context.session_id, plan.agent, context.trace_id)
+    create, started = make_create(
+        plan,
+        item.start,
+        envelope=envelope,
+        user_id=context.user_id,
+        asked_session_id=item.start.session_id or item.context.session_id,
+        input_json=input_json,
+        executor_id=executor_id,
+        follower_id=item.follower_id,
+        now=now,
+    )
+    started.append_id = new_id()
+    append = state_pb2.Append(
+        append_id=started.append_id,
+        tenant_id=context.tenant_id,
+        run_id=context.run_id,
+        epoch=1,
+        events=[started],
+        create=create,
+    )
+    run = types_pb2.Run(
+        run_id=context.run_id, agent=plan.agent, agent_version=plan.version, deadline=create.deadline, epoch=1
+    )
+    run.create_time.FromMicroseconds(int(now * 1e6))
+    return append, run
+
+
+def _refused(item_id: int, error: MainspringError) -> execution_pb2.StartResult:
+    return execution_pb2.StartResult(item_id=item_id, status=to_status(error))
