@@ -55,7 +55,7 @@ def _read_rules() -> Mapping[str, Rule]:
 RULES: Final = _read_rules()
 
 # The first reason of a code is its plainest one.
-_HTTP_BY_CODE: Final = {rule.code: rule.http_status for rule in reversed(RULES.values())}
+_HTTP_BY_CODE: Final = {rule.code: rule.http_status for rule in reversed(list(RULES.values()))}
 
 
 class _Reasons:
