@@ -1,0 +1,191 @@
+// The run list, and one run's events live. All text is inserted as text; the token lives in this tab only.
+
+const KEY = "mainspring.token";
+const REFRESH_MS = 2000;
+const RECONNECT_MS_MIN = 250;
+const RECONNECT_MS_MAX = 5000;
+const PAGE_SIZE = 50;
+const TERMINAL = new Set(["agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"]);
+// Close codes after which coming again would be refused again.
+const FINAL_CODES = new Set([4400, 4401, 4403, 4406]);
+
+const at = (id) => document.getElementById(id);
+const state = { pages: 1, refreshing: 0, openRun: "", lastSeq: 0, ended: false, socket: null, reconnect: 0, delay: RECONNECT_MS_MIN };
+
+function token() { return sessionStorage.getItem(KEY); }
+
+function showFault(text) {
+  at("fault").textContent = text;
+  at("fault").hidden = !text;
+}
+
+function signOut(reason) {
+  sessionStorage.removeItem(KEY);
+  clearTimeout(state.refreshing);
+  closeRun();
+  at("run-rows").replaceChildren();
+  for (const id of ["runs", "run", "forget"]) at(id).hidden = true;
+  at("credential").hidden = false;
+  at("connection").textContent = "";
+  showFault(reason);
+  at("token").focus();
+}
+
+function signIn() {
+  at("credential").hidden = true;
+  for (const id of ["runs", "forget"]) at(id).hidden = false;
+  showFault("");
+  refresh();
+}
+
+// Runs.
+
+async function readPage(pageToken) {
+  const query = new URLSearchParams({ page_size: String(PAGE_SIZE) });
+  if (pageToken) query.set("page_token", pageToken);
+  const answer = await fetch(`/v1/runs?${query}`, { headers: { Authorization: `Bearer ${token()}` } });
+  const body = await answer.json();
+  if (answer.status === 401) { signOut(body.detail); return null; }
+  if (!answer.ok) throw new Error(body.detail);
+  return body;
+}
+
+async function refresh() {
+  clearTimeout(state.refreshing);
+  try {
+    const runs = [];
+    let next = "";
+    for (let page = 0; page < state.pages; page += 1) {
+      const body = await readPage(next);
+      if (!body) return;
+      runs.push(...body.runs);
+      next = body.next_page_token;
+      if (!next) break;
+    }
+    showRuns(runs, Boolean(next));
+    at("connection").textContent = `As of ${new Date().toLocaleTimeString()}`;
+    showFault("");
+  } catch (error) {
+    at("connection").textContent = "Not reachable, trying again";
+    showFault(error.message);
+  }
+  if (token()) state.refreshing = setTimeout(refresh, document.hidden ? REFRESH_MS * 5 : REFRESH_MS);
+}
+
+function showRuns(runs, hasMore) {
+  const known = new Map([...at("run-rows").children].map((row) => [row.dataset.run, row]));
+  const rows = runs.map((run) => fillRow(known.get(run.run_id) ?? newRow(run.run_id), run));
+  const isSame = rows.length === at("run-rows").children.length && rows.every((row, i) => row === at("run-rows").children[i]);
+  if (!isSame) at("run-rows").replaceChildren(...rows);
+  at("no-runs").hidden = runs.length > 0;
+  at("more").hidden = !hasMore;
+}
+
+function newRow(runId) {
+  const row = at("run-row").content.firstElementChild.cloneNode(true);
+  row.dataset.run = runId;
+  row.querySelector(".open").textContent = runId.slice(-12);
+  row.querySelector(".open").addEventListener("click", () => openRun(runId, row.querySelector(".agent").textContent));
+  return row;
+}
+
+function fillRow(row, run) {
+  const cell = (name) => row.querySelector(`.${name}`);
+  cell("state").textContent = run.state;
+  cell("state").className = `state ${run.state}`;
+  cell("agent").textContent = run.agent;
+  cell("time").textContent = new Date(run.create_time).toLocaleString();
+  cell("took").textContent = run.start_time && run.end_time ? duration(new Date(run.end_time) - new Date(run.start_time)) : "";
+  cell("open").setAttribute("aria-label", `Events of run ${run.run_id}`);
+  row.setAttribute("aria-current", String(run.run_id === state.openRun));
+  return row;
+}
+
+function duration(ms) { return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`; }
+
+// One run, over the WebSocket. After a break it follows on from the last seq.
+
+function openRun(runId, agent) {
+  closeRun();
+  Object.assign(state, { openRun: runId, lastSeq: 0, ended: false });
+  at("events").replaceChildren();
+  at("run").hidden = false;
+  at("run-title").textContent = `${agent} · ${runId}`;
+  at("run-title").focus();
+  for (const row of at("run-rows").children) row.setAttribute("aria-current", String(row.dataset.run === runId));
+  connect();
+}
+
+function closeRun() {
+  clearTimeout(state.reconnect);
+  const socket = state.socket;
+  Object.assign(state, { socket: null, openRun: "", delay: RECONNECT_MS_MIN });
+  if (socket) socket.close(1000);
+}
+
+function connect() {
+  const scheme = location.protocol === "https:" ? "wss:" : "ws:";
+  const socket = new WebSocket(`${scheme}//${location.host}/v1/stream`, "mainspring.v1.json");
+  state.socket = socket;
+  at("run-state").textContent = "Connecting";
+  socket.addEventListener("open", () => socket.send(JSON.stringify({ op: "hello", token: token() })));
+  socket.addEventListener("message", (message) => { if (socket === state.socket) receive(JSON.parse(message.data)); });
+  socket.addEventListener("close", (event) => { if (socket === state.socket) reconnect(event); });
+}
+
+function reconnect(event) {
+  if (event.code === 4401) { signOut("The token is no longer valid: enter a new one."); return; }
+  if (state.ended || FINAL_CODES.has(event.code)) return;
+  at("run-state").textContent = "Connection lost, coming back";
+  state.reconnect = setTimeout(connect, state.delay * (0.5 + Math.random() / 2));
+  state.delay = Math.min(state.delay * 2, RECONNECT_MS_MAX);
+}
+
+function receive(frame) {
+  if (frame.op === "welcome") {
+    state.delay = RECONNECT_MS_MIN;
+    state.socket.send(JSON.stringify({ op: "follow", id: "open", run_id: state.openRun, after_seq: state.lastSeq }));
+    at("run-state").textContent = "Live";
+  } else if (frame.op === "error") {
+    at("run-state").textContent = `${frame.reason}: ${frame.message}`;
+  } else if (frame.op === "event" && frame.run_id === state.openRun && frame.seq > state.lastSeq) {
+    state.lastSeq = frame.seq;
+    showEvent(frame);
+    if (TERMINAL.has(frame.type)) {
+      state.ended = true;
+      at("run-state").textContent = `Ended: ${frame.type.replace("agent_", "").replace("_", " ")}`;
+      state.socket.close(1000);
+      refresh();
+    }
+  }
+}
+
+function showEvent(frame) {
+  const row = at("event-row").content.firstElementChild.cloneNode(true);
+  row.querySelector(".seq").textContent = frame.seq;
+  row.querySelector(".type").textContent = frame.type;
+  row.querySelector(".gist").textContent = gist(frame.data);
+  row.querySelector("time").textContent = new Date(frame.event_time).toLocaleTimeString();
+  row.querySelector("time").dateTime = frame.event_time;
+  row.querySelector("pre").textContent = JSON.stringify(frame.data, null, 2);
+  at("events").append(row);
+}
+
+function gist(data) {
+  const parts = [data.tool, data.status, data.text, data.error?.message];
+  if (data.duration_ms) parts.push(duration(data.duration_ms));
+  return parts.filter(Boolean).join(" · ");
+}
+
+at("credential").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(KEY, at("token").value.trim());
+  at("token").value = "";
+  signIn();
+});
+at("forget").addEventListener("click", () => signOut(""));
+at("more").addEventListener("click", () => { state.pages += 1; refresh(); });
+document.addEventListener("visibilitychange", () => { if (!document.hidden && token()) refresh(); });
+
+if (token()) signIn();
+else signOut("");

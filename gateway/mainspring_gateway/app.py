@@ -1,0 +1,37 @@
+"""The routes of the gateway."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from mainspring_gateway import console, http, interceptor, socket
+from mainspring_gateway.gateway import GATEWAY, Gateway
+
+
+def make_app(gateway: Gateway) -> web.Application:
+    """The HTTP application over a running gateway."""
+    app = web.Application(middlewares=[interceptor.intercept], client_max_size=gateway.settings.frame_bytes_max)
+    app[GATEWAY] = gateway
+    app[console.FILES] = console.read_files()
+    app.on_response_prepare.append(interceptor.add_headers)
+    app.add_routes(
+        [
+            web.get("/", console.show_file),
+            web.get("/console/{name}", console.show_file),
+            web.get("/healthz", http.is_alive),
+            web.get("/readyz", http.is_ready),
+            web.get("/v1/stream", socket.stream),
+            web.post("/v1/runs", http.start_run),
+            web.get("/v1/runs", http.list_runs),
+            web.get("/v1/runs/{run_id}", http.get_run),
+            web.get("/v1/runs/{run_id}/events", http.read_events),
+            web.post("/v1/runs/{run_id}:{verb}", http.change_run),
+            web.get("/v1/sessions", http.list_sessions),
+            web.post("/v1/agents", http.register_agent),
+            web.get("/v1/agents", http.list_agents),
+            web.get("/v1/agents/{name}", http.get_agent),
+            web.get("/v1/tools", http.list_tools),
+            web.get("/v1/endpoints", http.list_endpoints),
+        ]
+    )
+    return app

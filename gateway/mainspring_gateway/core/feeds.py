@@ -1,0 +1,316 @@
+"""Who watches which run, and what each has seen: every event once, in order, to whom it belongs. Does no I/O.
+
+A feed is one run as this gateway follows it at one state process; a follow is one watcher's view of it. Events that
+come again are dropped by their seq; one that is missing makes the feed subscribe again after the last seq it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol
+
+from mainspring.v1 import events_pb2, identity_pb2, state_pb2
+from mainspring_kit.errors import MainspringError, Reason, from_status
+
+from mainspring_gateway.core.events import EncodedEvent, encode
+from mainspring_gateway.core.frames import FrameId
+
+# Live events that a follow keeps while the log before them is being read; beyond, they are read from the log, too.
+_HELD_EVENTS_MAX: Final = 256
+
+# What a subscription may be refused with for reasons that pass.
+_PASSING_CODES: Final = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED"})
+
+Order = state_pb2.Subscribe | state_pb2.Unsubscribe
+
+
+class Watcher(Protocol):
+    """Who sees events: a socket or an HTTP stream. It never waits."""
+
+    def show(self, event: EncodedEvent) -> None:
+        """Takes the next event of a run that it follows."""
+
+    def end(self, follow: Follow, error: MainspringError | None) -> None:
+        """The follow is over: its terminal event was shown, or it failed."""
+
+
+class Follow:
+    """One watcher's view of one run. `sent_seq` is the last event it was shown, or began after.
+
+    It `is_over` when nothing more is shown, and `has_ended` when that is because the run's terminal event was.
+    """
+
+    __slots__ = ("_held", "frame_id", "has_ended", "is_over", "run_id", "sent_seq", "tenant_id", "user_id", "watcher")
+
+    def __init__(self, watcher: Watcher, run: RunOwner, *, frame_id: FrameId = None, after_seq: int = 0) -> None:
+        self.watcher = watcher
+        self.run_id = run.run_id
+        self.tenant_id = run.tenant_id
+        self.user_id = run.user_id
+        self.frame_id = frame_id
+        self.sent_seq = after_seq
+        self.is_over = False
+        self.has_ended = False
+        self._held: list[EncodedEvent] | None = None
+
+    def show(self, event: EncodedEvent) -> None:
+        """Shows the event if it is the next one, or keeps it while the log is being read."""
+        if self._held is not None:
+            if len(self._held) < _HELD_EVENTS_MAX:
+                self._held.append(event)
+        elif event.seq == self.sent_seq + 1 and not self.is_over:
+            self.replay(event)
+
+    def replay(self, event: EncodedEvent) -> None:
+        """Shows an event from the log."""
+        if event.seq <= self.sent_seq or self.is_over:
+            return
+        self.sent_seq = event.seq
+        self.watcher.show(event)
+        if event.is_terminal:
+            self.end(None)
+
+    def end(self, error: MainspringError | None) -> None:
+        """Ends the follow, once."""
+        if not self.is_over:
+            self.is_over, self.has_ended = True, error is None
+            self.watcher.end(self, error)
+
+    def hold(self) -> None:
+        """Keeps live events until `release`."""
+        self._held = []
+
+    def release(self) -> None:
+        """Shows what was kept and follows on; a hole in it is the caller's to see by `sent_seq`."""
+        held, self._held = self._held or [], None
+        for event in held:
+            self.show(event)
+
+
+class RunOwner(Protocol):
+    """A run and whose it is."""
+
+    @property
+    def run_id(self) -> str: ...
+
+    @property
+    def tenant_id(self) -> str: ...
+
+    @property
+    def user_id(self) -> str: ...
+
+
+class _Feed:
+    """One run as it arrives. While `is_starting`, the start subscribes it; `subscription_id` 0 stands for that."""
+
+    __slots__ = (
+        "follower_id",
+        "follows",
+        "is_starting",
+        "last_seq",
+        "missed_seq",
+        "run_id",
+        "subscription_id",
+        "tenant_id",
+        "user_id",
+    )
+
+    def __init__(self, run: RunOwner, *, last_seq: int, follower_id: str) -> None:
+        self.run_id = run.run_id
+        self.tenant_id = run.tenant_id
+        self.user_id = run.user_id
+        self.last_seq = last_seq
+        self.follower_id = follower_id
+        self.follows: dict[Follow, None] = {}
+        self.is_starting = False
+        self.subscription_id = 0
+        # The highest seq seen beyond a hole while the feed subscribes again; 0: there is no hole.
+        self.missed_seq = 0
+
+
+class Feeds:
+    """All feeds of this process over its one Follow stream. `put` sends an order on the stream that is attached."""
+
+    def __init__(self) -> None:
+        self._feeds: dict[str, _Feed] = {}
+        self._put: Callable[[Order], None] | None = None
+        self._last_subscription_id = 0
+        self._broken: dict[str, _Feed] = {}
+        self.follower_id = ""
+        self.state_id = ""
+        self.foreign_count = 0
+        self.gap_count = 0
+
+    def __len__(self) -> int:
+        return len(self._feeds)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a state process is followed now."""
+        return self._put is not None
+
+    def attach(self, put: Callable[[Order], None], *, follower_id: str, state_id: str) -> None:
+        """A new Follow stream is open: every feed subscribes on it from where it stands."""
+        self._put, self.follower_id, self.state_id = put, follower_id, state_id
+        for feed in self._feeds.values():
+            if not feed.is_starting:
+                self._subscribe(feed)
+
+    def detach(self) -> None:
+        """The Follow stream broke; feeds wait for the next one."""
+        self._put, self.follower_id, self.state_id = None, "", ""
+
+    def begin(self, follow: Follow) -> None:
+        """A run is about to be started with this process's follower, and watched from its first event."""
+        feed = _Feed(follow, last_seq=0, follower_id=self.follower_id)
+        feed.is_starting = True
+        feed.follows[follow] = None
+        self._feeds[follow.run_id] = feed
+
+    def confirm(self, run_id: str, *, followed: bool) -> None:
+        """The run that `begin` named is durable, and subscribed by its start if `followed`."""
+        feed = self._feeds.get(run_id)
+        if feed is None or not feed.is_starting:
+            return
+        feed.is_starting = False
+        if not feed.follows:
+            self._drop(feed)
+        elif not followed or feed.follower_id != self.follower_id or feed.missed_seq:
+            self._subscribe(feed)
+
+    def abandon(self, run_id: str) -> None:
+        """The run that `begin` named was not started, or is another: forgets it without a word to its watchers."""
+        feed = self._feeds.get(run_id)
+        if feed is not None and feed.is_starting:
+            del self._feeds[run_id]
+
+    def hold(self, follow: Follow) -> None:
+        """Before the log is read for a follow: keeps what comes live meanwhile."""
+        follow.hold()
+        feed = self._feeds.get(follow.run_id)
+        if feed is not None and _is_owner(feed, follow):
+            feed.follows[follow] = None
+
+    def settle(self, follow: Follow) -> bool:
+        """After the log was read to its end: follows on live. False: there is more in the log; hold and read again."""
+        follow.release()
+        if follow.is_over:
+            return True
+        feed = self._feeds.get(follow.run_id)
+        if feed is None:
+            feed = self._feeds[follow.run_id] = _Feed(follow, last_seq=follow.sent_seq, follower_id=self.follower_id)
+            feed.follows[follow] = None
+            self._subscribe(feed)
+            return True
+        if not _is_owner(feed, follow):
+            self.foreign_count += 1
+            follow.end(_not_found(follow.run_id))
+            return True
+        return follow in feed.follows and follow.sent_seq >= feed.last_seq
+
+    def leave(self, follow: Follow) -> None:
+        """The watcher wants to see no more of the run."""
+        follow.is_over = True
+        feed = self._feeds.get(follow.run_id)
+        if feed is None or follow not in feed.follows:
+            return
+        del feed.follows[follow]
+        if not feed.follows and not feed.is_starting:
+            self._drop(feed)
+
+    def deliver(self, deliveries: Iterable[state_pb2.Delivery]) -> None:
+        """Takes what state sent. What belongs to another tenant or user than the feed is dropped and counted."""
+        for delivery in deliveries:
+            feed = self._feeds.get(delivery.run_id)
+            if feed is None:
+                continue
+            if not _is_owner(feed, delivery):
+                self.foreign_count += 1
+                continue
+            for event in delivery.events:
+                self._take(feed, event)
+            if delivery.subscription_id == feed.subscription_id:
+                if delivery.status.code:
+                    self._break(feed, from_status(delivery.status))
+                elif delivery.HasField("caught_up_seq"):
+                    self._mend(feed)
+
+    def retry(self) -> None:
+        """Subscribes again what state could not serve for the moment; to be called at intervals."""
+        broken, self._broken = self._broken, {}
+        for feed in broken.values():
+            if self._feeds.get(feed.run_id) is feed:
+                self._subscribe(feed)
+
+    def _take(self, feed: _Feed, event: events_pb2.RunEvent) -> None:
+        seq = event.seq
+        if seq <= feed.last_seq:
+            return
+        if seq > feed.last_seq + 1:
+            self.gap_count += 1
+            is_known = feed.missed_seq > 0
+            feed.missed_seq = max(feed.missed_seq, seq)
+            if not is_known and not feed.is_starting:
+                self._subscribe(feed, replaces=True)
+            return
+        try:
+            encoded = encode(event)
+        except MainspringError as error:
+            self._fail(feed, error)
+            return
+        feed.last_seq = seq
+        for follow in tuple(feed.follows):
+            follow.show(encoded)
+        if encoded.is_terminal:
+            self._feeds.pop(feed.run_id, None)
+
+    def _mend(self, feed: _Feed) -> None:
+        """A subscription has caught up: if a hole is left, subscribes once more."""
+        missed_seq, feed.missed_seq = feed.missed_seq, 0
+        if missed_seq > feed.last_seq:
+            self._subscribe(feed, replaces=True)
+
+    def _break(self, feed: _Feed, error: MainspringError) -> None:
+        """A subscription was refused: for good, or for the moment."""
+        if error.code.name in _PASSING_CODES:
+            self._broken[feed.run_id] = feed
+        else:
+            self._fail(feed, error)
+
+    def _fail(self, feed: _Feed, error: MainspringError) -> None:
+        self._feeds.pop(feed.run_id, None)
+        for follow in tuple(feed.follows):
+            follow.end(error)
+
+    def _subscribe(self, feed: _Feed, *, replaces: bool = False) -> None:
+        former_id = feed.subscription_id
+        feed.follower_id = self.follower_id
+        self._last_subscription_id += 1
+        feed.subscription_id = self._last_subscription_id
+        if self._put is None:
+            return
+        if replaces:
+            self._put(state_pb2.Unsubscribe(subscription_id=former_id, run_id=feed.run_id))
+        owner = identity_pb2.UserExecutionContext(tenant_id=feed.tenant_id, user_id=feed.user_id, run_id=feed.run_id)
+        self._put(
+            state_pb2.Subscribe(
+                subscription_id=feed.subscription_id, context=owner, run_id=feed.run_id, after_seq=feed.last_seq
+            )
+        )
+
+    def _drop(self, feed: _Feed) -> None:
+        del self._feeds[feed.run_id]
+        if self._put is not None:
+            self._put(state_pb2.Unsubscribe(subscription_id=feed.subscription_id, run_id=feed.run_id))
+
+
+def _is_owner(feed: _Feed, owner: RunOwner) -> bool:
+    return feed.tenant_id == owner.tenant_id and feed.user_id == owner.user_id
+
+
+def _not_found(run_id: str) -> MainspringError:
+    return MainspringError(
+        Reason.RUN_NOT_FOUND,
+        f"No run {run_id} is visible to you: check the id, and whose token you use.",
+        run_id=run_id,
+    )

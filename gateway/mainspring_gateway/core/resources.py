@@ -1,0 +1,109 @@
+"""Runs, sessions, agents and tools as JSON objects. What is not yet known of one is left out."""
+
+from __future__ import annotations
+
+import orjson
+from mainspring.v1 import registry_pb2, state_pb2, types_pb2
+
+from mainspring_gateway.core.events import Data, encode, error_data, leaf, stages_data, time_text, usage_data
+
+
+def state_text(state: int) -> str:
+    """A run's state by its name, as RUNNING."""
+    return types_pb2.RunState.Name(types_pb2.RunState.ValueType(state)).removeprefix("RUN_STATE_")
+
+
+def run_data(run: types_pb2.Run) -> Data:
+    """A run."""
+    data: Data = {
+        "run_id": run.run_id,
+        "user_id": run.user_id,
+        "session_id": run.session_id,
+        "ordinal": run.ordinal,
+        "agent": run.agent,
+        "agent_version": run.agent_version,
+        "state": state_text(run.state),
+        "last_seq": run.last_seq,
+        "input": leaf(run.input),
+        "trace_id": run.trace_id,
+        "root_run_id": run.root_run_id or run.run_id,
+    }
+    if run.result:
+        data["result"] = leaf(run.result)
+    if run.HasField("error"):
+        data["error"] = error_data(run.error)
+    if run.HasField("usage"):
+        data["usage"] = usage_data(run.usage)
+    if run.stages:
+        data["stages"] = stages_data(run.stages)
+    if run.parent_run_id:
+        data["parent_run_id"] = run.parent_run_id
+    for name in ("create_time", "start_time", "end_time", "released_time", "deadline"):
+        if run.HasField(name):
+            data[name] = time_text(getattr(run, name))
+    return data
+
+
+def runs_page(page: state_pb2.ListRunsResponse) -> bytes:
+    """A page of runs, newest first."""
+    return orjson.dumps({"runs": [run_data(run) for run in page.runs], "next_page_token": page.next_page_token})
+
+
+def events_page(page: state_pb2.ReadEventsResponse) -> bytes:
+    """A page of a run's events, each as the socket shows it."""
+    events = [orjson.Fragment(encode(event).payload) for event in page.events]
+    return orjson.dumps({"events": events, "last_seq": page.last_seq})
+
+
+def sessions_page(page: state_pb2.ListSessionsResponse) -> bytes:
+    """A page of sessions, newest first."""
+    sessions = [
+        {
+            "session_id": session.session_id,
+            "policy": types_pb2.SessionPolicy.Name(session.policy).removeprefix("SESSION_POLICY_").lower(),
+            "title": session.title,
+            "create_time": time_text(session.create_time),
+            "update_time": time_text(session.update_time),
+            "run_count": session.run_count,
+        }
+        for session in page.sessions
+    ]
+    return orjson.dumps({"sessions": sessions, "next_page_token": page.next_page_token})
+
+
+def agent_data(agent: types_pb2.Agent) -> Data:
+    """A version of an agent, with its whole specification."""
+    return {
+        "name": agent.name,
+        "version": agent.version,
+        "description": agent.description,
+        "labels": dict(agent.labels),
+        "capabilities": list(agent.capabilities),
+        "spec": leaf(agent.spec),
+        "create_time": time_text(agent.create_time),
+    }
+
+
+def agents_page(page: registry_pb2.ListAgentsResponse) -> bytes:
+    """A page of agents by name."""
+    return orjson.dumps(
+        {"agents": [agent_data(agent) for agent in page.agents], "next_page_token": page.next_page_token}
+    )
+
+
+def tools_page(page: registry_pb2.ListToolsResponse) -> bytes:
+    """A page of tools by name."""
+    tools = []
+    for tool in page.tools:
+        data: Data = {
+            "name": tool.name,
+            "version": tool.version,
+            "description": tool.description,
+            "input_schema": leaf(tool.input_schema),
+            "effect": types_pb2.EffectClass.Name(tool.effect).removeprefix("EFFECT_CLASS_").lower(),
+            "shared": tool.shared,
+        }
+        if tool.HasField("timeout"):
+            data["timeout_seconds"] = tool.timeout.ToMilliseconds() / 1e3
+        tools.append(data)
+    return orjson.dumps({"tools": tools, "next_page_token": page.next_page_token})
