@@ -18,11 +18,10 @@ from mainspring.errors import ToolError
 from mainspring.tool import Declaration, ToolContext, to_json
 from mainspring.v1 import dispatcher_pb2 as pb
 from mainspring.v1 import types_pb2
+from mainspring.worker.logs import note
 
 RESULT_BYTES_MAX: Final = 16 << 20
 MESSAGE_CHARACTERS_MAX: Final = 2_000
-
-_log: Final = logging.getLogger("mainspring.worker")
 
 
 class Sink(Protocol):
@@ -135,7 +134,7 @@ class Calls:
         except (Exception, SystemExit) as error:  # whatever the user's function raises is the call's outcome
             if scope.expired() and isinstance(error, TimeoutError):
                 return _stopped(running, seconds)
-            _log.warning("tool_failed tool=%s call_id=%s", call.tool, call.call_id, exc_info=error)
+            note(logging.WARNING, "tool_failed", error=error, tool=call.tool, call_id=call.call_id)
             return _failed(call, message=f"{type(error).__name__}: {error}")
         finally:
             running.scope = None

@@ -17,6 +17,7 @@ from mainspring.tool import Declaration
 from mainspring.v1 import dispatcher_pb2 as pb
 from mainspring.v1 import dispatcher_pb2_grpc as rpc
 from mainspring.worker.calls import Calls
+from mainspring.worker.logs import note
 
 BEAT_SECONDS: Final = 1.0
 REGISTER_SECONDS: Final = 15.0
@@ -55,8 +56,6 @@ _FATAL: Final = frozenset(
 # What grpc.aio raises when a call breaks under a writer; the reader learns why.
 _BROKEN: Final = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError)
 
-_log: Final = logging.getLogger("mainspring.worker")
-
 AttachCall = grpc.aio.StreamStreamCall[Any, Any]  # Any: as grpc's own stubs
 
 
@@ -66,6 +65,7 @@ class Link:
     def __init__(self, address: str, *, hello: pb.AttachHello, token: Callable[[], str], calls: Calls) -> None:
         self.address = address
         self.is_attached = False
+        self._is_noted = False
         self._hello = hello
         self._token = token
         self._calls = calls
@@ -106,7 +106,7 @@ class Link:
                 except grpc.aio.AioRpcError as error:
                     self._note(error)
                 except (TimeoutError, *_BROKEN) as error:
-                    _log.warning("stream_broken dispatcher=%s: %r", self.address, error)
+                    note(logging.WARNING, "stream_broken", dispatcher=self.address, detail=repr(error))
                 delay = RECONNECT_SECONDS_MIN if self.is_attached else min(delay * 2, RECONNECT_SECONDS_MAX)
                 self.is_attached = False
                 self._take_back()
@@ -122,12 +122,16 @@ class Link:
             if not isinstance(registered, pb.AttachResponse):
                 return
             self.is_attached = True
-            _log.info("worker_attached dispatcher=%s tools=%d", self.address, len(registered.registered))
+            self._is_noted = False
+            note(logging.INFO, "worker_attached", dispatcher=self.address, tools=len(registered.registered))
             attached()
             async with asyncio.TaskGroup() as tasks:
                 writer = tasks.create_task(self._write(call))
                 await self._read(call)
                 writer.cancel()
+        except ExceptionGroup as group:
+            # The reader's: the writer leaves quietly.
+            raise group.exceptions[0] from None
         finally:
             call.cancel()
 
@@ -195,8 +199,10 @@ class Link:
             raise WorkerError(
                 f"The dispatcher at {self.address} refuses this worker: {code.name}: {error.details()}"
             ) from error
-        level = logging.WARNING if self.is_attached else logging.INFO
-        _log.log(level, "stream_broken dispatcher=%s code=%s: %s", self.address, code.name, error.details())
+        # While a dispatcher is away each try finds that out; saying so once is enough.
+        level = logging.WARNING if self.is_attached else logging.DEBUG if self._is_noted else logging.INFO
+        self._is_noted = True
+        note(level, "stream_broken", dispatcher=self.address, code=code.name, detail=error.details())
 
 
 def hello_of(worker_id: str, tools: Mapping[str, Declaration], *, concurrency: int) -> pb.AttachHello:

@@ -7,9 +7,12 @@ import logging
 import os
 import signal
 import socket
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Final
 
 from mainspring.errors import WorkerError
@@ -17,6 +20,7 @@ from mainspring.tool import Declaration
 from mainspring.worker.calls import Calls
 from mainspring.worker.link import Link, hello_of
 from mainspring.worker.loading import load_tools
+from mainspring.worker.logs import configure, note
 
 CONCURRENCY_DEFAULT: Final = 100
 THREADS_DEFAULT: Final = 16
@@ -24,8 +28,6 @@ DRAIN_SECONDS_DEFAULT: Final = 30.0
 GOODBYE_SECONDS: Final = 2.0
 RESOLVE_SECONDS: Final = 1.0  # callers know a new dispatcher as soon, and a call waits 2 s for its first worker
 DIAGNOSTICS: Final = "mainspring.diagnostics"
-
-_log: Final = logging.getLogger("mainspring.worker")
 
 
 class Worker:
@@ -98,14 +100,15 @@ class Worker:
             self._ready = None
 
     async def _drain(self, calls: Calls, hurry: asyncio.Event) -> None:
-        _log.info("worker_draining calls=%d seconds=%g", calls.in_flight, self._drain_seconds)
+        note(logging.INFO, "worker_draining", calls=calls.in_flight, seconds=self._drain_seconds)
         for link, _ in self._links.values():
             link.drain()
         async with _background() as waiting:
             over = [waiting.create_task(event.wait()) for event in (calls.idle, hurry)]
             await asyncio.wait(over, timeout=self._drain_seconds, return_when=asyncio.FIRST_COMPLETED)
         if calls.in_flight:
-            _log.warning("calls_left calls=%d: they go to other workers, or fail, by their effect", calls.in_flight)
+            # They go to other workers or fail, by their effect.
+            note(logging.WARNING, "calls_left", calls=calls.in_flight)
         for link, _ in self._links.values():
             link.leave()
         if tasks := [task for _, task in self._links.values()]:
@@ -120,39 +123,62 @@ async def run(
     concurrency: int = CONCURRENCY_DEFAULT,
     threads: int = THREADS_DEFAULT,
     drain_seconds: float = DRAIN_SECONDS_DEFAULT,
-    parent_fd: int = -1,
-    ready: Callable[[], None] = lambda: None,
-) -> None:
-    """Serves the tools of the modules until SIGTERM or SIGINT, or until `parent_fd` is at its end of file.
+    ready_file: Path | None = None,
+) -> int:
+    """A worker process: serves the tools of the modules until SIGTERM or SIGINT, and answers the exit code.
 
-    The first signal drains, the second one does not wait for calls. WorkerError says what is wrong with the modules, or
-    why a dispatcher refuses the worker. Tools that run in threads and do not end with the drain end with the process.
+    0 when stopped as asked; 1 when a module is at fault or a dispatcher refuses, which is said on standard error. The
+    first signal drains, the second does not wait for calls. `ready_file` gets the process id once every dispatcher has
+    the worker. Where MAINSPRING_PARENT_FD names a pipe, its end of file stops the worker too. Tools that still run in
+    threads after the drain end with the process.
     """
+    configure()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    try:
+        worker = Worker(
+            _load(modules),
+            target=target,
+            token=token,
+            concurrency=concurrency,
+            threads=threads,
+            drain_seconds=drain_seconds,
+            ready=partial(_write_pid, ready_file),
+        )
+        _listen(stop, hurry)
+        await worker.run(stop, hurry)
+    except WorkerError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    if worker.threads_left:
+        # The interpreter would wait for them, and nobody can tell for how long.
+        note(logging.WARNING, "threads_left", threads=worker.threads_left)
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+def _load(modules: Sequence[str]) -> dict[str, Declaration]:
     if DIAGNOSTICS in modules and os.environ.get("MAINSPRING_ENVIRONMENT", "production") == "production":
         raise WorkerError(
             f"{DIAGNOSTICS} serves development only: leave it out, or set MAINSPRING_ENVIRONMENT=development."
         )
-    worker = Worker(
-        load_tools(modules),
-        target=target,
-        token=token,
-        concurrency=concurrency,
-        threads=threads,
-        drain_seconds=drain_seconds,
-        ready=ready,
-    )
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    return load_tools(modules)
+
+
+def _listen(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """Lets signals, and the death of the parent, end the worker."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _advance, stop, hurry)
+    parent_fd = int(os.environ.get("MAINSPRING_PARENT_FD", "-1"))
     if parent_fd >= 0:
         loop.add_reader(parent_fd, _on_parent_word, parent_fd, stop)
-    await worker.run(stop, hurry)
-    if worker.threads_left:
-        # The interpreter would wait for them, and nobody can tell for how long.
-        _log.warning("threads_left threads=%d: the process ends without them", worker.threads_left)
-        logging.shutdown()
-        os._exit(0)
+
+
+def _write_pid(ready_file: Path | None) -> None:
+    note(logging.INFO, "worker_ready")
+    if ready_file is not None:
+        ready_file.write_text(str(os.getpid()))
 
 
 def _advance(stop: asyncio.Event, hurry: asyncio.Event) -> None:
@@ -164,7 +190,7 @@ def _on_parent_word(fd: int, stop: asyncio.Event) -> None:
     """The pipe to the parent became readable: at its end of file the parent is gone."""
     if not os.read(fd, 64):
         asyncio.get_running_loop().remove_reader(fd)
-        _log.warning("parent_gone")
+        note(logging.WARNING, "parent_gone")
         stop.set()
 
 
@@ -176,7 +202,7 @@ async def _resolve(target: str) -> list[str]:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     except OSError as error:
-        _log.warning("target_unknown target=%s: %s", target, error)
+        note(logging.WARNING, "target_unknown", target=target, detail=str(error))
         return []
     hosts = sorted({str(address[0]) for *_, address in found})
     return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
