@@ -19,9 +19,10 @@ POSITIONAL_MAX = 2
 
 BANNED_WORDS = {"manager", "managers", "helper", "helpers", "util", "utils"}
 BANNED_VERBS = ("handle_", "process_")
-# Where an exception of any kind may be caught: the interceptor, the server's root, the roots of engines, and where
-# users' code is called.
+# Where an exception of any kind may be caught: the interceptors, the server's root, the roots of engines, and where a
+# worker imports and calls its users' code.
 CATCH_ALL = {
+    "gateway/mainspring_gateway/interceptor.py",
     "sdk/mainspring/worker/calls.py",
     "sdk/mainspring/worker/loading.py",
     "services/mainspring_kit/interceptors.py",
