@@ -143,7 +143,7 @@ class Client:
 
     async def start(self, agent: str, run_input: Any = None, **options: str) -> Started:
         """Starts a run; durable when this returns. Options: session_id, idempotency_key, alias, version."""
-        answer = await self.request("POST", "/v1/runs", body=_start(agent, run_input, options))
+        answer = await self.request("POST", "/v1/runs", body=_start(agent, run_input, options=options))
         return Started(answer["run_id"], answer["state"])
 
     async def stream(self, agent: str, run_input: Any = None, **options: str) -> AsyncGenerator[Event, None]:
@@ -152,7 +152,7 @@ class Client:
         A connection that breaks is opened again and the log goes on where it was; the start is never made twice.
         """
         options.setdefault("idempotency_key", uuid.uuid4().hex)
-        frame = {"op": "start", "id": "start", **_start(agent, run_input, options)}
+        frame = {"op": "start", "id": "start", **_start(agent, run_input, options=options)}
         async with aclosing(self._follow(frame, _Position())) as events:
             async for event in events:
                 yield event
@@ -263,7 +263,7 @@ class Client:
         return self._session
 
 
-def _start(agent: str, run_input: Any, options: Mapping[str, str]) -> dict[str, Any]:
+def _start(agent: str, run_input: Any, *, options: Mapping[str, str]) -> dict[str, Any]:
     return {"agent": agent, "input": {} if run_input is None else run_input, **{k: v for k, v in options.items() if v}}
 
 

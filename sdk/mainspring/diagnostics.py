@@ -37,7 +37,7 @@ async def sleep(seconds: Annotated[float, Field(ge=0, le=TIMEOUT_SECONDS_MAX)]) 
 
 @tool(name="diagnostics.fail", effect="pure")
 async def fail(
-    context: ToolContext, code: str = "UNKNOWN", message: str = "It was told to fail.", times: int | None = None
+    context: ToolContext, code: str = "UNKNOWN", *, message: str = "It was told to fail.", times: int | None = None
 ) -> dict[str, int]:
     """Fails, as often in a run as it is told, then succeeds.
 
@@ -58,7 +58,7 @@ async def fail(
 
 
 @tool(name="diagnostics.count", effect="keyed")
-def count(file: str, context: ToolContext, name: str = "diagnostics.count") -> dict[str, str]:
+def count(file: str, context: ToolContext, *, name: str = "diagnostics.count") -> dict[str, str]:
     """Appends the line `name call_id` to a file, once per call, whatever dies between.
 
     Args:

@@ -113,12 +113,12 @@ class Store:
         tenant_id = user.tenant_id if user else ""
         names = [tool.name for tool in tools]
         async with self._for_tools(user) as connection:
-            stored = await _read_tools(connection, tenant_id, names)
+            stored = await _read_tools(connection, tenant_id, names=names)
             if not changed_tools(tools, stored):
                 return [stored[name] for name in names]
             # As for versions: alone from here on, so look again.
             revision = await connection.fetchval(_SQL["take_revisions"], len(tools))
-            changed = changed_tools(tools, await _read_tools(connection, tenant_id, names))
+            changed = changed_tools(tools, await _read_tools(connection, tenant_id, names=names))
             await connection.execute(
                 _SQL["write_tools"],
                 tenant_id,
@@ -130,7 +130,7 @@ class Store:
                 [tool.effect for tool in changed],
                 [tool.timeout.ToTimedelta() if tool.HasField("timeout") else None for tool in changed],
             )
-            stored = await _read_tools(connection, tenant_id, names)
+            stored = await _read_tools(connection, tenant_id, names=names)
         return [stored[name] for name in names]
 
     async def list_tools(
@@ -219,7 +219,7 @@ async def open_revisions(database_url: str) -> AsyncIterator[RevisionReader]:
 
 
 async def _read_tools(
-    connection: postgres.Connection, tenant_id: str, names: Sequence[str]
+    connection: postgres.Connection, tenant_id: str, *, names: Sequence[str]
 ) -> dict[str, types_pb2.Tool]:
     rows = await connection.fetch(_SQL["read_tools"], tenant_id, names)
     return {row["name"]: _to_tool(row) for row in rows}

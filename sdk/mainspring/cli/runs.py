@@ -66,7 +66,7 @@ def list_runs(
     Example: `mainspring runs list --state RUNNING`
     """
     query = {"session_id": session, "agent": agent, "state": state, "page_size": str(limit)}
-    page = asyncio.run(_call(connect(data_dir), "GET", "/v1/runs", query={k: v for k, v in query.items() if v}))
+    page = asyncio.run(_call(connect(data_dir), "GET", path="/v1/runs", query={k: v for k, v in query.items() if v}))
     if as_json:
         print_json(page)
         return
@@ -85,7 +85,7 @@ def get_run(run_id: RunId, *, data_dir: DataDir = DATA_DIR, as_json: AsJson = Fa
 
     Example: `mainspring runs get 0193a3f0-…`
     """
-    found = asyncio.run(_call(connect(data_dir), "GET", f"/v1/runs/{run_id}"))
+    found = asyncio.run(_call(connect(data_dir), "GET", path=f"/v1/runs/{run_id}"))
     print_json(found, is_line=as_json)
 
 
@@ -118,7 +118,7 @@ def cancel(
     Example: `mainspring runs cancel 0193a3f0-… --reason "no longer needed"`
     """
     body = {"reason": reason} if reason else {}
-    answer = asyncio.run(_call(connect(data_dir), "POST", f"/v1/runs/{run_id}:cancel", body=body))
+    answer = asyncio.run(_call(connect(data_dir), "POST", path=f"/v1/runs/{run_id}:cancel", body=body))
     if as_json:
         print_json(answer)
     else:
@@ -179,6 +179,8 @@ async def _events(client: Client, run_id: str, *, after_seq: int, follow: bool, 
                 printer.show(event)
 
 
-async def _call(client: Client, method: str, path: str, **given: Any) -> dict[str, Any]:  # Any: as Client.request takes
+async def _call(
+    client: Client, method: str, *, path: str, **given: Any
+) -> dict[str, Any]:  # Any: as Client.request takes
     async with client:
         return await client.request(method, path, **given)

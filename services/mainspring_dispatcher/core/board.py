@@ -346,7 +346,9 @@ class Board:
                 continue
             call.workers.pop(dispatch_id, None)
             if call.dispatch_id == dispatch_id:
-                self._settle(call, outcomes.lost(call.key[1], call.message.call_id, call.executions), now=now)
+                self._settle(
+                    call, outcomes.lost(call.key[1], call.message.call_id, executions=call.executions), now=now
+                )
         worker.calls.clear()
 
     def _settle(self, call: Call, outcome: pb.WorkerResult, *, now: float, acknowledged: bool = False) -> None:

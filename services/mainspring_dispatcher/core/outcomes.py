@@ -140,7 +140,7 @@ def unserved(tool: str) -> pb.WorkerResult:
     return failed(MainspringError(Reason.WORKER_UNAVAILABLE, message, tool=tool))
 
 
-def lost(tool: str, call_id: str, executions: int) -> pb.WorkerResult:
+def lost(tool: str, call_id: str, *, executions: int) -> pb.WorkerResult:
     """The last worker that the call may have died in mid-call."""
     return failed(
         MainspringError(
