@@ -29,6 +29,7 @@ UNREACHABLE: Final = (
     asyncpg.OperatorInterventionError,
     asyncpg.TooManyConnectionsError,
     asyncpg.InternalClientError,
+    asyncpg.InterfaceError,
 )
 
 _SETTINGS: Final = {"application_name": "mainspring", "jit": "off", "timezone": "UTC"}
@@ -61,6 +62,8 @@ def reachable() -> Iterator[None]:
     """Turns the server's absence within the block into PEER_UNAVAILABLE."""
     try:
         yield
+    except asyncpg.DataError:
+        raise  # an InterfaceError too, but about a value: ours
     except UNREACHABLE as error:
         raise MainspringError(
             Reason.PEER_UNAVAILABLE,
