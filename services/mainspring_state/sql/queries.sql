@@ -1,0 +1,76 @@
+-- append: commits one batch of appends, in one round trip.
+SELECT * FROM state.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,
+  $21, $22, $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33);
+
+-- get_run: one run of the user.
+SELECT * FROM state.runs WHERE tenant_id = $1 AND user_id = $2 AND run_id = $3;
+
+-- list_runs: a page of the user's runs, newest first.
+SELECT * FROM state.runs
+WHERE tenant_id = $1 AND user_id = $2 AND run_id < $3
+  AND ($4 = '' OR agent = $4) AND (cardinality($5::smallint[]) = 0 OR state = ANY ($5))
+ORDER BY run_id DESC LIMIT $6;
+
+-- list_runs_of_session: a page of the runs of one session, newest first.
+SELECT * FROM state.runs
+WHERE tenant_id = $1 AND user_id = $2 AND session_id = $7 AND run_id < $3
+  AND ($4 = '' OR agent = $4) AND (cardinality($5::smallint[]) = 0 OR state = ANY ($5))
+ORDER BY run_id DESC LIMIT $6;
+
+-- read_events: a page of a run's log, in order; it ends when so many bytes are reached.
+SELECT seq, event FROM (
+  SELECT seq, event, sum(octet_length(event)) OVER (ORDER BY seq) - octet_length(event) AS bytes_before
+  FROM state.events
+  WHERE tenant_id = $1 AND user_id = $2 AND run_id = $3 AND seq > $4 ORDER BY seq LIMIT $5
+) AS page WHERE bytes_before < $6 ORDER BY seq;
+
+-- create_session: makes a session, unless the user has one of this id.
+INSERT INTO state.sessions (tenant_id, user_id, session_id, policy, title, request_id)
+VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING RETURNING *;
+
+-- get_session: one session of the user.
+SELECT * FROM state.sessions WHERE tenant_id = $1 AND user_id = $2 AND session_id = $3;
+
+-- list_sessions: a page of the user's sessions, newest first.
+SELECT * FROM state.sessions
+WHERE tenant_id = $1 AND user_id = $2 AND (create_time, session_id) < ($3, $4)
+ORDER BY create_time DESC, session_id DESC LIMIT $5;
+
+-- put_input: stores what is asked of a run, once per request id.
+SELECT state, holder, (input).* FROM state.put_input($1, $2, $3, $4, $5, $6);
+
+-- beat: stores an executor's beat.
+SELECT state.beat($1, $2, $3);
+
+-- shorten_lease: an executor's stream broke, or it leaves.
+SELECT state.shorten_lease($1, $2, $3);
+
+-- disown: claims were not handed over.
+SELECT state.disown($1, $2, $3);
+
+-- claim: takes runs that nobody drives.
+SELECT * FROM state.claim($1, $2, $3, $4, $5, $6, $7);
+
+-- inputs_of: the unconsumed inputs of runs.
+SELECT * FROM state.inputs_of($1, $2);
+
+-- inputs_for: the unconsumed inputs of the runs that executors hold.
+SELECT executor_id, (input).* FROM state.inputs_for($1, $2);
+
+-- tidy_ready: forgets claimables of ended runs.
+SELECT state.tidy_ready();
+
+-- last_seqs: how far the logs of followed runs have come.
+SELECT * FROM state.last_seqs($1, $2);
+
+-- read_log: a page of the log of a run that is followed here.
+SELECT * FROM state.read_log($1, $2, $3, $4, $5);
+
+-- meet_processes: says that this process lives, and asks who else does and what time it is.
+SELECT * FROM state.meet_processes($1);
+
+-- leave_processes: says that this process has left.
+SELECT state.leave_processes($1);
+
+-- make_partitions: makes the log's partitions some weeks ahead.
+SELECT state.make_partitions($1);

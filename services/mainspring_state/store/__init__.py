@@ -1,0 +1,1 @@
+"""What the state service remembers: PostgreSQL's schema `state`, and the channel on Redis."""

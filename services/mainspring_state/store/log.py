@@ -1,0 +1,192 @@
+"""The log's one writer: how a batch of appends becomes one statement, and what the database says about each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import asyncpg
+from google.protobuf.timestamp_pb2 import Timestamp
+from mainspring.v1 import state_pb2, types_pb2
+from mainspring_kit import postgres
+
+from mainspring_state.core.append import QUEUED, RUNNING, Entry
+
+if TYPE_CHECKING:
+    from asyncpg.prepared_stmt import PreparedStatement
+
+_SQL: Final = postgres.load_queries("mainspring_state")
+_INTERRUPTION: Final = state_pb2.RunInput(
+    cancel=state_pb2.CancelInput(reason="A newer run of the session took its place.")
+).SerializeToString()
+# A run or key that appeared in mid-statement: the whole batch goes again and meets it as what was there before.
+_RACED_CONSTRAINTS: Final = frozenset({"runs_pkey", "idempotency_keys_pkey"})
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one append. `reason` is empty when it was committed just now, else the database's word."""
+
+    reason: str
+    run_id: str
+    user_id: str
+    state: int
+    last_seq: int
+    ordinal: int
+    events: list[bytes]
+
+    @property
+    def is_new(self) -> bool:
+        """Committed by this very statement."""
+        return not self.reason
+
+    @property
+    def is_ok(self) -> bool:
+        """Durable: now or before."""
+        return self.reason in ("", "repeated", "key_repeated")
+
+
+class Batch:
+    """A batch of entries as one statement's arguments. The database's order: creates, others, terminal ones."""
+
+    def __init__(self, entries: Sequence[Entry], event_time: datetime) -> None:
+        self._entries = entries
+        # Locks are taken in the order of runs, so that two state processes do not wait for each other.
+        order = sorted(range(len(entries)), key=lambda k: (_group(entries[k]), entries[k].run_key))
+        self._order = order
+        self._events = [[event.SerializeToString() for event in entries[k].append.events] for k in order]
+        self.arguments = self._encode([entries[k] for k in order], event_time)
+
+    def outcomes(self, row: asyncpg.Record) -> list[Outcome]:
+        """What the statement's row says about each entry, in the order in which they were given."""
+        found: list[Outcome | None] = [None] * len(self._entries)
+        if row["made"]:
+            for i, is_running, ordinal in zip(row["made"], row["made_running"], row["made_ordinals"], strict=True):
+                found[self._order[i - 1]] = self._made(i, is_running=is_running, ordinal=ordinal)
+        if row["hit"]:
+            for i, user_id, ordinal in zip(row["hit"], row["hit_users"], row["hit_ordinals"], strict=True):
+                found[self._order[i - 1]] = self._hit(i, user_id=user_id, ordinal=ordinal)
+        if row["missed"]:
+            columns = ("missed", "missed_reasons", "missed_runs", "missed_states", "missed_seqs", "missed_ordinals")
+            for i, reason, run_id, state, last_seq, ordinal in zip(*(row[name] for name in columns), strict=True):
+                found[self._order[i - 1]] = Outcome(reason, str(run_id), "", state, last_seq, ordinal, [])
+        return [outcome for outcome in found if outcome is not None]
+
+    def _made(self, i: int, *, is_running: bool, ordinal: int) -> Outcome:
+        append = self._entries[self._order[i - 1]].append
+        events = [self._events[i - 1][0] + _ordinal_field(ordinal)] if is_running else []
+        state = RUNNING if is_running else QUEUED
+        return Outcome("", append.run_id, append.create.user_id, state, len(events), ordinal, events)
+
+    def _hit(self, i: int, *, user_id: str, ordinal: int) -> Outcome:
+        entry, events = self._entries[self._order[i - 1]], self._events[i - 1]
+        if entry.types[0] == "agent_started":
+            events = [events[0] + _ordinal_field(ordinal), *events[1:]]
+        last_seq = entry.append.expected_seq + len(events)
+        return Outcome("", entry.append.run_id, user_id, entry.to_state, last_seq, ordinal, events)
+
+    def _encode(self, entries: list[Entry], event_time: datetime) -> list[Any]:
+        """Any: each argument has the type of its parameter in the migration."""
+        appends = [entry.append for entry in entries]
+        creates = [append.create for append in appends if append.HasField("create")]
+        endings = [entry.ending for entry in entries if entry.ending is not None]
+        firsts, lasts, count = [], [], 0
+        for events in self._events:
+            firsts.append(count + 1)
+            count += len(events)
+            lasts.append(count)
+        consumed = [(i, request) for i, append in enumerate(appends, 1) for request in append.consumed_request_ids]
+        keys = [create.idempotency_key for create in creates]
+        return [
+            [append.tenant_id for append in appends],
+            [append.run_id for append in appends],
+            [append.append_id for append in appends],
+            [append.expected_seq for append in appends],
+            [append.epoch for append in appends],
+            [entry.from_states for entry in entries],
+            [entry.to_state for entry in entries],
+            [entry.is_progress for entry in entries],
+            firsts,
+            lasts,
+            [name for entry in entries for name in entry.types],
+            [event for events in self._events for event in events],
+            event_time,
+            len(creates),
+            [create.user_id for create in creates],
+            [create.session_id for create in creates],
+            [create.policy or types_pb2.SESSION_POLICY_ENQUEUE for create in creates],
+            [create.agent for create in creates],
+            [create.agent_version for create in creates],
+            [create.input for create in creates],
+            keys if any(keys) else [],
+            [create.request_hash for create in creates],
+            [create.executor_id for create in creates],
+            [_datetime(create.deadline) if create.HasField("deadline") else None for create in creates],
+            [create.trace_id for create in creates],
+            len(entries) - len(endings) + 1,
+            [ending.result for ending in endings],
+            [ending.error for ending in endings],
+            [ending.stages for ending in endings],
+            [ending.usage for ending in endings],
+            [i for i, _ in consumed],
+            [request for _, request in consumed],
+            _INTERRUPTION,
+        ]
+
+
+class LogWriter:
+    """The dedicated connection on which batches are committed, one at a time."""
+
+    def __init__(self, connection: asyncpg.Connection[asyncpg.Record], statement: PreparedStatement[Any]) -> None:
+        # Any: the record class, which asyncpg's stubs make generic.
+        self._connection = connection
+        self._statement = statement
+
+    @classmethod
+    async def open(cls, url: str) -> LogWriter:
+        """Connects and prepares the statement."""
+        connection = await postgres.connect_one(url)
+        try:
+            return cls(connection, await connection.prepare(_SQL["append"]))
+        except BaseException:
+            connection.terminate()
+            raise
+
+    async def commit(self, batch: Batch) -> tuple[list[Outcome], bool]:
+        """Commits a batch durably; also says whether a run became claimable by it."""
+        row = await self._statement.fetchrow(*batch.arguments)
+        assert row is not None, "the function returns one row"
+        return batch.outcomes(row), row["became_ready"]
+
+    def close(self) -> None:
+        """Gives the connection up, whatever it is doing."""
+        self._connection.terminate()
+
+
+def is_transient(error: asyncpg.PostgresError) -> bool:
+    """Whether the same batch may be committed at the next try: conflicts with other processes, and full resources."""
+    if isinstance(error, asyncpg.UniqueViolationError):
+        return error.constraint_name in _RACED_CONSTRAINTS
+    return str(error.sqlstate)[:2] in ("40", "53", "55") or error.sqlstate == "57014"
+
+
+def _group(entry: Entry) -> int:
+    if entry.is_create:
+        return 0
+    return 1 if entry.ending is None else 2
+
+
+def _datetime(moment: Timestamp) -> datetime:
+    return moment.ToDatetime(UTC)
+
+
+def _ordinal_field(ordinal: int) -> bytes:
+    """RunEvent.agent_started.ordinal as the database appends it (`state.ordinal_field`)."""
+    field = b"\x18"
+    while ordinal > 127:
+        field += bytes([ordinal & 127 | 128])
+        ordinal >>= 7
+    field += bytes([ordinal])
+    return b"\xa2\x01" + bytes([len(field)]) + field

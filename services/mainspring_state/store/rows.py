@@ -1,0 +1,88 @@
+"""How rows of the schema `state` become messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import orjson
+from google.protobuf.timestamp_pb2 import Timestamp
+from mainspring.v1 import events_pb2, state_pb2, types_pb2
+
+# Any: what a column holds; its type is the migration's to say.
+Row = Mapping[str, Any]
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def to_timestamp(moment: datetime | None) -> Timestamp | None:
+    """The moment as a message, exact to the microsecond; None stays unset."""
+    if moment is None:
+        return None
+    since = moment - _EPOCH
+    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1_000)
+
+
+def to_run(row: Row) -> types_pb2.Run:
+    """A row of `runs`."""
+    run_id = str(row["run_id"])
+    return types_pb2.Run(
+        run_id=run_id,
+        tenant_id=row["tenant_id"],
+        user_id=row["user_id"],
+        session_id=row["session_id"],
+        ordinal=row["ordinal"],
+        agent=row["agent"],
+        agent_version=row["agent_version"],
+        state=row["state"],
+        last_seq=row["last_seq"],
+        input=row["input"],
+        result=row["result"],
+        error=_of_json(row["error"], types_pb2.RunError),
+        create_time=to_timestamp(row["create_time"]),
+        start_time=to_timestamp(row["start_time"]),
+        end_time=to_timestamp(row["end_time"]),
+        released_time=to_timestamp(row["released_time"]),
+        deadline=to_timestamp(row["deadline"]),
+        stages=[types_pb2.Stage(**stage) for stage in orjson.loads(row["stages"] or "[]")],
+        trace_id=row["trace_id"],
+        epoch=row["epoch"],
+        root_run_id=run_id,
+        usage=_of_json(row["usage"], types_pb2.Usage),
+    )
+
+
+def to_session(row: Row) -> types_pb2.Session:
+    """A row of `sessions`."""
+    return types_pb2.Session(
+        session_id=row["session_id"],
+        tenant_id=row["tenant_id"],
+        user_id=row["user_id"],
+        policy=row["policy"],
+        title=row["title"],
+        create_time=to_timestamp(row["create_time"]),
+        update_time=to_timestamp(row["update_time"]),
+        run_count=row["run_count"],
+    )
+
+
+def to_input(row: Row) -> state_pb2.RunInput:
+    """A row of `inputs`."""
+    run_input = state_pb2.RunInput.FromString(row["payload"])
+    run_input.request_id = row["request_id"]
+    run_input.tenant_id = row["tenant_id"]
+    run_input.run_id = str(row["run_id"])
+    run_input.requested_by = row["requested_by"]
+    run_input.create_time.CopyFrom(to_timestamp(row["create_time"]) or Timestamp())
+    return run_input
+
+
+def to_event(event: bytes) -> events_pb2.RunEvent:
+    """The event of a row of `events`."""
+    return events_pb2.RunEvent.FromString(event)
+
+
+def _of_json(text: str | None, message: type[Any]) -> Any:
+    """Any: a message whose fields are the keys; None stays unset."""
+    return None if text is None else message(**orjson.loads(text))

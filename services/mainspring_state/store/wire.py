@@ -1,0 +1,42 @@
+"""The channel on Redis over which state processes tell each other what they committed. Nothing is kept there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+from mainspring_kit import redis
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+CHANNEL: Final = "mainspring:state:publications"
+# What redis-py raises when the server is away, silent or refuses.
+UNREACHABLE: Final = (RedisError, OSError, TimeoutError)
+
+
+class Wire:
+    """Publishes and hears messages; everything that may go wrong is one of UNREACHABLE."""
+
+    def __init__(self, url: str) -> None:
+        self._client: Redis = redis.connect(url)
+
+    async def publish(self, messages: Sequence[bytes]) -> None:
+        """Sends messages in one round trip."""
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for message in messages:
+                pipeline.publish(CHANNEL, message)
+            await pipeline.execute()
+
+    async def hear(self) -> AsyncIterator[bytes]:
+        """All messages from now on, this process's own too; yields an empty one as soon as it listens."""
+        async with self._client.pubsub() as channel:
+            await channel.subscribe(CHANNEL)
+            async for message in channel.listen():
+                if message["type"] == "subscribe":
+                    yield b""
+                elif message["type"] == "message":
+                    yield message["data"]
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._client.aclose()
