@@ -109,9 +109,9 @@ class Conversation:
         context = access.context_of(self.principal, run_id=run_id)
         follow = Follow(self, context, frame_id=frame_id, after_seq=after_seq)
         self._follows[run_id] = follow
-        self._spawn(self._replay(follow, context, found))
+        self._spawn(self._replay(follow, context, found=found))
 
-    async def _replay(self, follow: Follow, context: UserExecutionContext, found: Callable[[], None]) -> None:
+    async def _replay(self, follow: Follow, context: UserExecutionContext, *, found: Callable[[], None]) -> None:
         try:
             await self._gateway.engine.replay(follow, context, found=found, pace=self._outgoing.pace)
         except MainspringError as error:

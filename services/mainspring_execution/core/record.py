@@ -49,7 +49,7 @@ class Envelope:
         )
 
 
-def make_call_id(run_id: str, seq: int, index: int) -> str:
+def make_call_id(run_id: str, seq: int, *, index: int) -> str:
     """The id of a call that the thinking event `seq` plans: the same whenever it is derived again."""
     return f"{run_id}.{seq}.{index}"
 

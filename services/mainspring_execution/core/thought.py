@@ -62,21 +62,23 @@ def record_thought(thought: Thought, *, run_id: str, seq: int, step: int) -> eve
         model=thought.model,
         usage=thought.usage,
         planned_calls=[
-            events_pb2.PlannedCall(call_id=make_call_id(run_id, seq, index), tool=call.tool, arguments=call.arguments)
+            events_pb2.PlannedCall(
+                call_id=make_call_id(run_id, seq, index=index), tool=call.tool, arguments=call.arguments
+            )
             for index, call in enumerate(thought.calls)
         ],
         provider_state=thought.provider_state,
         result=thought.result,
     )
-    _check_size("answer", thinking.ByteSize(), PAYLOAD_BYTES_MAX)
+    _check_size("answer", thinking.ByteSize(), limit_bytes=PAYLOAD_BYTES_MAX)
     return thinking
 
 
 def _check_bounds(thought: Thought, *, step: int) -> None:
     text_bytes = len(thought.text) if thought.text.isascii() else len(thought.text.encode())
-    _check_size("text", text_bytes, TEXT_BYTES_MAX)
+    _check_size("text", text_bytes, limit_bytes=TEXT_BYTES_MAX)
     for call in thought.calls:
-        _check_size("arguments", len(call.arguments), ARGUMENTS_BYTES_MAX)
+        _check_size("arguments", len(call.arguments), limit_bytes=ARGUMENTS_BYTES_MAX)
     if len(thought.calls) > CALLS_PER_STEP_MAX:
         raise MainspringError(
             Reason.QUEUE_FULL,
@@ -87,7 +89,7 @@ def _check_bounds(thought: Thought, *, step: int) -> None:
         )
 
 
-def _check_size(field: str, size_bytes: int, limit_bytes: int) -> None:
+def _check_size(field: str, size_bytes: int, *, limit_bytes: int) -> None:
     if size_bytes > limit_bytes:
         raise MainspringError(
             Reason.PAYLOAD_TOO_LARGE,

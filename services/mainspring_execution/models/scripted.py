@@ -127,15 +127,15 @@ class _TurnScope:
         if root == "input":
             if not path:
                 return orjson.Fragment(turn.input or b"{}")
-            return walk(expression, orjson.loads(turn.input or b"{}"), path)
+            return walk(expression, orjson.loads(turn.input or b"{}"), path=path)
         if root == "history":
-            return walk(expression, self._history(), path)
+            return walk(expression, self._history(), path=path)
         if root == "session":
             wants_history = "id" not in path[:1]
             session = {"id": turn.session_id, "history": self._history() if wants_history else []}
-            return walk(expression, session, path)
+            return walk(expression, session, path=path)
         if root in _IDENTITIES:
-            return walk(expression, getattr(turn, root), path)
+            return walk(expression, getattr(turn, root), path=path)
         known = ", ".join(("input", "calls", "session", "history", *_IDENTITIES))
         raise template_invalid(expression.text, f"{root!r} is not one of {known}")
 
@@ -160,13 +160,13 @@ class _TurnScope:
             raise template_invalid(expression.text, f"the run has made {len(planned)} calls, counted from [0]")
         call = planned[index]
         if path[1:2] != ("result",):
-            return walk(expression, self._describe(call), path[1:])
+            return walk(expression, self._describe(call), path=path[1:])
         outcome = self._turn.outcomes[call.call_id]
         if outcome.status != types_pb2.TOOL_STATUS_OK:
             raise _call_failed(outcome)
         if len(path) == 2:
             return orjson.Fragment(outcome.result or b"null")
-        return walk(expression, orjson.loads(outcome.result or b"null"), path[2:])
+        return walk(expression, orjson.loads(outcome.result or b"null"), path=path[2:])
 
     def _describe(self, call: events_pb2.PlannedCall) -> dict[str, Any]:
         outcome = self._turn.outcomes[call.call_id]

@@ -85,7 +85,7 @@ def parse_expression(text: str) -> Expression:
     return Expression(source, root[0], tuple(path))
 
 
-def walk(expression: Expression, value: Any, path: tuple[PathStep, ...]) -> Any:
+def walk(expression: Expression, value: Any, *, path: tuple[PathStep, ...]) -> Any:
     """Follows the steps of a path; TEMPLATE_INVALID where one leads nowhere."""
     for step in path:
         if isinstance(step, str):
