@@ -221,7 +221,7 @@ def _outcomes(outcomes: Mapping[str, int]) -> str:
 if __name__ == "__main__":
     go_on_in_virtual_environment()
     try:
-        import pytest  # noqa: F401
+        import pytest  # noqa: F401  # only whether it is there
     except ImportError:
         sys.exit("pytest is not installed for this Python: run `make setup` first.")
     sys.exit(main(sys.argv[1:]))
