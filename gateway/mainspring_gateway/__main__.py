@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from mainspring_kit import server, telemetry
 from mainspring_kit.config import SettingsError, split_address
-from mainspring_kit.identity import TokenVerifier
+from mainspring_kit.identity import ServiceTokens, TokenVerifier
 
 from mainspring_gateway.app import make_app
 from mainspring_gateway.config import GatewaySettings
@@ -22,6 +22,8 @@ from mainspring_gateway.gateway import Gateway, draining
 from mainspring_gateway.outgoing import Flusher
 from mainspring_gateway.peers import Peers
 
+NAME = "gateway"
+
 _BACKLOG = 1_024
 
 
@@ -29,7 +31,13 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> None:
     """Serves until `stop`; then: no new connections, sockets told to come again elsewhere, requests finished."""
     verifier = TokenVerifier(settings.auth_secret.get_secret_value(), settings.service_secret.get_secret_value())
     listener = _listener(settings.listen)
-    async with Peers(settings) as peers:
+    tokens = ServiceTokens(settings.service_secret.get_secret_value(), NAME)
+    async with Peers(
+        tokens,
+        registry=settings.registry_target,
+        execution=settings.execution_target,
+        state=settings.state_target,
+    ) as peers:
         engine = Engine(settings, peers)
         connections = Connections(settings)
         gateway = Gateway(settings, verifier, peers, engine, connections, Flusher())
@@ -67,7 +75,7 @@ def start() -> int:
     if sys.argv[1:] not in ([], ["serve"]):
         sys.stderr.write("usage: python -m mainspring_gateway [serve]\n")
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else server.EXIT_SETTINGS
-    return server.run("gateway", GatewaySettings, main=main)
+    return server.run(NAME, GatewaySettings, main=main)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from mainspring_kit.identity import ServiceTokens, UserExecutionContext
 from mainspring_kit.streams import BatchPool, BidiCall, Outbox
 from mainspring_kit.tasks import background
 
-from mainspring_gateway.config import GatewaySettings
 from mainspring_gateway.core.feeds import Order
 
 # What grpc.aio raises besides RpcError when a call broke under a reader or writer.
@@ -38,11 +37,11 @@ Answer = TypeVar("Answer")
 class Peers:
     """The services as the gateway sees them. Every unary call raises MainspringError."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
-        tokens = ServiceTokens(settings.service_secret.get_secret_value(), "gateway")
-        self.registry = Peer(settings.registry_target, tokens)
-        self.execution = Peer(settings.execution_target, tokens)
-        self.state = Peer(settings.state_target, tokens)
+    def __init__(self, tokens: ServiceTokens, *, registry: str, execution: str, state: str) -> None:
+        """Takes each service's target, `host:port[,host:port…]` or `dns:///name:port`."""
+        self.registry = Peer(registry, tokens)
+        self.execution = Peer(execution, tokens)
+        self.state = Peer(state, tokens)
         self._registry = registry_pb2_grpc.RegistryServiceStub(self.registry.channel)
         self._execution = execution_pb2_grpc.ExecutionServiceStub(self.execution.channel)
         self._state = state_pb2_grpc.StateServiceStub(self.state.channel)
