@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STATEMENT_SECONDS_MAX: Final = 30.0
 CONNECT_SECONDS_MAX: Final = 10.0
-# What asyncpg raises when the server is away, going, coming, full or silent.
+# What asyncpg raises when the server is away, going, coming, full, silent, or lets nobody in.
 UNREACHABLE: Final = (
     OSError,
     TimeoutError,
@@ -30,6 +30,9 @@ UNREACHABLE: Final = (
     asyncpg.TooManyConnectionsError,
     asyncpg.InternalClientError,
     asyncpg.InterfaceError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.ObjectNotInPrerequisiteStateError,
 )
 
 _SETTINGS: Final = {"application_name": "mainspring", "jit": "off", "timezone": "UTC"}

@@ -13,6 +13,7 @@ from mainspring_registry.__main__ import wired
 from mainspring_registry.config import RegistrySettings
 from mainspring_registry.servicer import RegistryServicer
 
+from test_framework.identities import Metadata
 from test_framework.waiting import wait_until
 
 TIMEOUT = 20
@@ -50,6 +51,12 @@ def tool(
 ) -> types_pb2.Tool:
     """A right declaration."""
     return types_pb2.Tool(name=name, description=description, input_schema=SCHEMA, effect=effect)
+
+
+# Any: generated stubs have no common base.
+async def register_tool(stub: Any, metadata: Metadata, declared: types_pb2.Tool) -> None:
+    """Registers a tool through a stub of grpc.aio."""
+    await stub.RegisterTools(pb.RegisterToolsRequest(tools=[declared]), metadata=metadata, timeout=TIMEOUT)
 
 
 # Any: asyncpg's connections are generic for checkers only.

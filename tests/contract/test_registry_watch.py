@@ -12,12 +12,11 @@ import asyncpg
 import grpc
 import pytest
 from mainspring.v1 import registry_pb2 as pb
-from mainspring.v1 import types_pb2
 
 from test_framework.grpc_testing import error_of
 from test_framework.identities import Identities, Metadata, unique
 from test_framework.waiting import wait_until
-from tests.contract.registry_calls import TIMEOUT, Wiring, agent, tool, until_blocked, wiring
+from tests.contract.registry_calls import TIMEOUT, Wiring, agent, register_tool, tool, until_blocked, wiring
 
 pytestmark = pytest.mark.contract
 grpc_service = "Registry"
@@ -108,10 +107,6 @@ async def register(stub: Any, metadata: Metadata, name: str, **changes: object) 
     response = await stub.RegisterAgent(agent(name, **changes), metadata=metadata, timeout=TIMEOUT)
     assert isinstance(response, pb.RegisterAgentResponse)
     return response
-
-
-async def register_tool(stub: Any, metadata: Metadata, declared: types_pb2.Tool) -> None:
-    await stub.RegisterTools(pb.RegisterToolsRequest(tools=[declared]), metadata=metadata, timeout=TIMEOUT)
 
 
 async def test_the_first_copy_holds_all_versions_and_tools_of_all_tenants(
