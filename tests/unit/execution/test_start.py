@@ -1,0 +1,80 @@
+"""A start is checked before anything is durable, and hashed by what the client asked for."""
+
+from __future__ import annotations
+
+import pytest
+from mainspring.v1 import execution_pb2
+from mainspring_execution.core.start import check_run_id, hash_request, is_run_id, make_create, read_input
+from mainspring_kit.errors import MainspringError
+
+from tests.unit.execution.samples import ENVELOPE, RUN_ID, plan
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize("data", [b"{", b"nul", b"\xff", b"{'a':1}"])
+def test_an_input_that_is_not_json_is_refused(data: bytes) -> None:
+    with pytest.raises(MainspringError) as raised:
+        read_input(data)
+    assert (raised.value.reason_name, raised.value.violations[0].field) == ("REQUEST_INVALID", "start.input")
+
+
+def test_an_input_is_kept_to_the_byte_and_empty_is_an_object() -> None:
+    assert read_input(b'{"a": 1.50}') == b'{"a": 1.50}'
+    assert read_input(b"") == b"{}"
+
+
+@pytest.mark.parametrize("run_id", ["", "x", RUN_ID.upper(), "01890a5d-ac96-474b-bcce-b302099a8057", RUN_ID + "\n"])
+def test_a_new_run_needs_a_uuid_of_version_seven(run_id: str) -> None:
+    check_run_id(RUN_ID)
+    with pytest.raises(MainspringError) as raised:
+        check_run_id(run_id)
+    assert raised.value.metadata["field"] == "context.run_id"
+
+
+def test_only_a_uuid_can_name_a_run() -> None:
+    assert is_run_id(RUN_ID)
+    assert not is_run_id("run-1")
+    assert not is_run_id(RUN_ID + "\n")
+
+
+def test_the_hash_covers_all_that_was_asked_and_no_boundary_moves() -> None:
+    def hashed(session_id: str = "", **fields: object) -> bytes:
+        return hash_request(execution_pb2.StartRunRequest(**fields), session_id)  # type: ignore[arg-type]  # by name
+
+    base = hashed(agent="a", input=b"{}")
+    assert base == hashed(agent="a", input=b"{}", idempotency_key="any")
+    others = [
+        hashed(agent="b", input=b"{}"),
+        hashed(agent="a", input=b"{ }"),
+        hashed(agent="a", alias="x", input=b"{}"),
+        hashed(agent="a", version="x", input=b"{}"),
+        hashed(agent="a", input=b"{}", session_id="x"),
+        hashed("s", agent="a", input=b"{}"),
+    ]
+    assert len({base, *others}) == 7
+    assert hashed(agent="ab", alias="c") != hashed(agent="a", alias="bc")
+
+
+def test_a_create_carries_the_resolved_version_and_the_deadline() -> None:
+    start = execution_pb2.StartRunRequest(agent="lookup", idempotency_key="k1")
+    create, event = make_create(
+        plan(limits={"timeout": "30s"}),
+        start,
+        envelope=ENVELOPE,
+        user_id="ann",
+        asked_session_id="talk-1",
+        input_json=b'{"a":1}',
+        executor_id="e1",
+        follower_id="g1",
+        now=1_000.5,
+    )
+    assert (create.agent, create.agent_version, create.session_id, create.follower_id) == (
+        "lookup",
+        "3",
+        "talk-1",
+        "g1",
+    )
+    assert create.deadline.ToMilliseconds() == 1_030_500
+    assert create.request_hash == hash_request(start, "talk-1")
+    assert (event.seq, event.agent_started.input, event.agent_started.attempt) == (1, b'{"a":1}', 1)
