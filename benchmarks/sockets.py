@@ -22,7 +22,7 @@ class Tally:
     faults: list[str] = field(default_factory=list)
 
 
-class RunLoop(WSListener):  # type: ignore[misc]  # picows ships no types for its base class
+class RunLoop(WSListener):
     """One socket, back to back: the next `start` goes out when the last run's terminal event is in."""
 
     def __init__(self, frame: bytes, events: int) -> None:

@@ -76,7 +76,7 @@ class Instances:
         self._stacks: list[AsyncExitStack] = []
 
     async def start(self, *, listen: str = "127.0.0.1:0") -> Recorder:
-        recorder = Recorder(f"state-{len(self.recorders)}")
+        recorder = Recorder(f"state-{len(self.recorders)}")  # type: ignore[abstract]  # serves a part of the contract
         settings = ServiceSettings(
             listen=listen, auth_secret=AUTH, service_secret=SERVICE, environment="development", drain_seconds=0
         )
@@ -224,7 +224,9 @@ async def test_a_stream_that_exceeds_its_credit_is_refused(instances: Instances)
     recorder.answers = False
     async with Peer(instances.addresses[0], ServiceTokens(SERVICE, "tester")) as peer:
         call = rpc.StateServiceStub(peer.channel).Append(**peer.stream() | {"wait_for_ready": True})
-        assert (await call.read()).state_id == "state-0"
+        named = await call.read()
+        assert isinstance(named, pb.AppendResponse)
+        assert named.state_id == "state-0"
         for _ in range(17):
             await call.write(pb.AppendRequest(appends=[append(number) for number in range(512)]))
         with pytest.raises(grpc.RpcError) as caught:

@@ -1,7 +1,10 @@
 """Errors survive the way over the wire, and the one table covers every reason."""
 
+from typing import TypeVar
+
 import grpc
 import pytest
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from mainspring.v1 import errors_pb2
 from mainspring_kit.errors import RULES, MainspringError, Reason, Violation, from_status, to_status
@@ -9,7 +12,10 @@ from mainspring_kit.errors import RULES, MainspringError, Reason, Violation, fro
 pytestmark = pytest.mark.unit
 
 
-def detail(status: status_pb2.Status, kind: type) -> object:
+Detail = TypeVar("Detail", bound=Message)
+
+
+def detail(status: status_pb2.Status, kind: type[Detail]) -> Detail:
     found = [kind.FromString(item.value) for item in status.details if item.Is(kind.DESCRIPTOR)]
     assert len(found) == 1, f"{kind.__name__} is there {len(found)} times"
     return found[0]
