@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from mainspring_gateway import console, http, interceptor, socket
 from mainspring_gateway.gateway import GATEWAY, Gateway
@@ -18,20 +19,25 @@ def make_app(gateway: Gateway) -> web.Application:
         [
             web.get("/", console.show_file),
             web.get("/console/{name}", console.show_file),
-            web.get("/healthz", http.is_alive),
-            web.get("/readyz", http.is_ready),
-            web.get("/v1/stream", socket.stream),
+            _get("/healthz", http.is_alive),
+            _get("/readyz", http.is_ready),
+            _get("/v1/stream", socket.stream),
             web.post("/v1/runs", http.start_run),
-            web.get("/v1/runs", http.list_runs),
-            web.get("/v1/runs/{run_id}", http.get_run),
-            web.get("/v1/runs/{run_id}/events", http.read_events),
+            _get("/v1/runs", http.list_runs),
+            _get("/v1/runs/{run_id}", http.get_run),
+            _get("/v1/runs/{run_id}/events", http.read_events),
             web.post("/v1/runs/{run_id}:{verb}", http.change_run),
-            web.get("/v1/sessions", http.list_sessions),
+            _get("/v1/sessions", http.list_sessions),
             web.post("/v1/agents", http.register_agent),
-            web.get("/v1/agents", http.list_agents),
-            web.get("/v1/agents/{name}", http.get_agent),
-            web.get("/v1/tools", http.list_tools),
-            web.get("/v1/endpoints", http.list_endpoints),
+            _get("/v1/agents", http.list_agents),
+            _get("/v1/agents/{name}", http.get_agent),
+            _get("/v1/tools", http.list_tools),
+            _get("/v1/endpoints", http.list_endpoints),
         ]
     )
     return app
+
+
+def _get(path: str, handler: Handler) -> web.RouteDef:
+    """A route that only GET takes: a HEAD of a stream would be one, too."""
+    return web.get(path, handler, allow_head=False)

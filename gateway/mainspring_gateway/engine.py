@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -175,7 +176,7 @@ class Engine:
             code = error.code.name
         finally:
             self.feeds.detach()
-        telemetry.logger().log(20 if is_open else 10, "follow_closed", address=address, code=code)
+        telemetry.logger().log(logging.INFO if is_open else logging.DEBUG, "follow_closed", address=address, code=code)
         return is_open
 
 

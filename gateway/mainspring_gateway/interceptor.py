@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Final
 
@@ -17,6 +18,8 @@ from mainspring_gateway.socket import SOCKET
 # The request's key of its id.
 REQUEST_ID: Final = "mainspring_request_id"
 
+# Asked every few seconds by whoever watches the process: not worth a line each.
+_PROBES: Final = frozenset({"/healthz", "/readyz"})
 _CLOSE_INTERNAL: Final = 1011
 _HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
@@ -48,11 +51,15 @@ async def intercept(request: web.Request, handler: Handler) -> web.StreamRespons
             response = request[SOCKET]
         else:
             response = _problem(_fault(request_id), request_id)
+    if SOCKET in request:
+        return response  # It has logged its own opening and end.
     resource = request.match_info.route.resource
-    telemetry.logger().info(
+    route = resource.canonical if resource is not None else ""
+    telemetry.logger().log(
+        logging.DEBUG if route in _PROBES else logging.INFO,
         "request_served",
         method=request.method,
-        route=resource.canonical if resource is not None else "",
+        route=route,
         status=response.status,
         duration_ms=round((time.monotonic() - begin) * 1e3, 3),
         request_id=request_id,

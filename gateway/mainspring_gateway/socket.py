@@ -41,7 +41,7 @@ async def stream(request: web.Request) -> web.WebSocketResponse:
         autoping=False,
         decode_text=False,
         timeout=gateway.settings.close_seconds,
-        max_msg_size=gateway.settings.frame_bytes_max,
+        max_msg_size=gateway.settings.frame_bytes_max + 1,
     )
     writer = await ws.prepare(request)
     if writer is not None and request.transport is not None:
@@ -183,7 +183,7 @@ class Socket:
             connection_id=self.connection_id,
             tenant_id=principal.tenant_id,
             user_id=principal.user_id,
-            heartbeat_seconds=settings.heartbeat_seconds,
+            heartbeat_seconds=int(seconds) if (seconds := settings.heartbeat_seconds).is_integer() else seconds,
             limits={
                 "frame_bytes": settings.frame_bytes_max,
                 "queue_bytes": settings.queue_bytes_max,
