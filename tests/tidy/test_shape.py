@@ -160,6 +160,30 @@ def loose_arguments(found: Iterable[Module]) -> list[str]:
     return offences
 
 
+def inheritances(found: Iterable[Module]) -> list[str]:
+    """Classes of ours that inherit from classes of ours; errors, protocols and settings may."""
+    classes = [(module, node) for module in found for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)]
+    bases = {node.name: {called(base).rpartition(".")[2] for base in node.bases} for _, node in classes}
+    may_be_inherited = {name for name in bases if name.endswith(("Error", "Settings")) or "Protocol" in bases[name]}
+    return [
+        module.offence(node, f"{node.name} inherits from {base}: let it have one instead")
+        for module, node in classes
+        for base in sorted((bases[node.name] & bases.keys()) - may_be_inherited)
+    ]
+
+
+def open_dataclasses(found: Iterable[Module]) -> list[str]:
+    """Dataclasses without slots: they take attributes that nobody declared."""
+    return [
+        module.offence(decorator, f"{node.name}: write @dataclass(slots=True), frozen where it is a value")
+        for module in found
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.ClassDef)
+        for decorator in node.decorator_list
+        if called(decorator).rpartition(".")[2] == "dataclass" and "slots=True" not in ast.unparse(decorator)
+    ]
+
+
 def test_functions_fit_a_screen() -> None:
     assert long_functions(everything()) == []
 
@@ -200,6 +224,14 @@ def test_arguments_are_named_in_calls() -> None:
     assert loose_arguments(product()) == []
 
 
+def test_classes_inherit_from_no_class_of_ours() -> None:
+    assert inheritances(product()) == []
+
+
+def test_dataclasses_have_slots() -> None:
+    assert open_dataclasses(product()) == []
+
+
 @pytest.mark.parametrize(
     ("rule", "text"),
     [
@@ -219,6 +251,8 @@ def test_arguments_are_named_in_calls() -> None:
         (silent_ignores, "x: int = ''  # type: " + "ignore[assignment]"),
         (loose_arguments, "def f(a: int, b: int, c: int) -> None: ..."),
         (loose_arguments, "def f(a: bool) -> None: ..."),
+        (inheritances, "class Base: ...\nclass Run(Base): ..."),
+        (open_dataclasses, "@dataclass(frozen=True)\nclass Run: ..."),
     ],
 )
 def test_a_breach_is_found(rule: object, text: str) -> None:
