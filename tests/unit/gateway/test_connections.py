@@ -26,8 +26,8 @@ class Recorded:
 def connections(*, per_user: int, all_users: int) -> Connections:
     return Connections(
         GatewaySettings(
-            auth_secret="a" * 40,  # type: ignore[arg-type]  # pydantic makes the secrets
-            service_secret="s" * 40,  # type: ignore[arg-type]  # pydantic makes the secrets
+            auth_secret="a" * 40,
+            service_secret="s" * 40,
             sockets_per_user_max=per_user,
             sockets_max=all_users,
         )

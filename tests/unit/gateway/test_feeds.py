@@ -150,7 +150,9 @@ def test_events_that_come_again_are_dropped() -> None:
     stream = Stream()
     _, watcher = stream.follow(0, [1, 2])
     stream.deliver(delivery([1, 2, 3]), delivery([2, 3, 4], subscription_id=stream.subscribes[0].subscription_id))
-    assert watcher.seqs == [1, 2, 3, 4]
+    stream.deliver(delivery([1]), delivery([5]))
+    assert watcher.seqs == [1, 2, 3, 4, 5]
+    assert (len(stream.subscribes), stream.feeds.gap_count) == (1, 0)
 
 
 def test_events_of_others_are_dropped_and_counted() -> None:
