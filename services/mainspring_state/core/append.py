@@ -142,10 +142,16 @@ def stamp(entry: Entry, *, seconds: int, nanos: int) -> None:
         append.events[0].agent_started.ordinal = 0
 
 
+def state_name(state: int) -> str:
+    """The state's name without its prefix."""
+    value = types_pb2.RunState.DESCRIPTOR.values_by_number.get(state)
+    return "" if value is None else value.name.removeprefix("RUN_STATE_")
+
+
 def refusal(entry: Entry, reason: str, *, run_id: str, state: int) -> MainspringError:
     """What the database's word for a refused append means to its sender."""
     asked, create = entry.append, entry.append.create
-    name = types_pb2.RunState.Name(state).removeprefix("RUN_STATE_")
+    name = state_name(state)
     if reason == "key_reused":
         return MainspringError(
             Reason.IDEMPOTENCY_KEY_REUSED,
@@ -186,7 +192,7 @@ def stale(entry: Entry) -> MainspringError:
     """The append does not continue the log, or its holder is not the holder any more."""
     return MainspringError(
         Reason.APPEND_STALE,
-        f"Run {entry.append.run_id} does not stand at seq {entry.append.expected_seq} under epoch {entry.append.epoch}: "
+        f"Run {entry.append.run_id} is not at seq {entry.append.expected_seq} under epoch {entry.append.epoch}: "
         "another executor drives it, let it go.",
         run_id=entry.append.run_id,
         expected_seq=entry.append.expected_seq,
@@ -228,7 +234,7 @@ def _check_create(append: state_pb2.Append, types: tuple[str, ...]) -> None:
 
 def _follow(append: state_pb2.Append, types: tuple[str, ...]) -> int:
     """The state after the events, taken one after the other; an event that cannot come where it stands is refused."""
-    state = RUNNING
+    state: int = RUNNING
     for offset, name in enumerate(types):
         transition = TRANSITIONS.get(name)
         if transition is None:

@@ -56,9 +56,7 @@ class Hearing:
 
     def is_complete(self, peers: Iterable[str], *, now_seconds: float) -> bool:
         """Whether every living peer has been heard of just now; otherwise its frames may have been missed."""
-        return all(
-            peer in self._last and now_seconds - self._last[peer][1] <= SILENCE_SECONDS for peer in peers
-        )
+        return all(peer in self._last and now_seconds - self._last[peer][1] <= SILENCE_SECONDS for peer in peers)
 
     def recent(self, *, now_seconds: float, within_seconds: float) -> bool:
         """Whether any other process was heard within this time."""
@@ -69,3 +67,15 @@ class Hearing:
         self._last = {
             state_id: known for state_id, known in self._last.items() if now_seconds - known[1] <= after_seconds
         }
+
+
+def pack_input(executor_id: str, run_input: bytes) -> bytes:
+    """The body of an INPUT: for whom, and the serialized RunInput."""
+    name = executor_id.encode()
+    return struct.pack(">H", len(name)) + name + run_input
+
+
+def unpack_input(body: bytes) -> tuple[str, bytes]:
+    """What `pack_input` packed."""
+    (length,) = struct.unpack_from(">H", body)
+    return body[2 : 2 + length].decode(), body[2 + length :]

@@ -118,9 +118,7 @@ class Leases:
             rows = await self._pool.fetch(_SQL["inputs_for"], list(executor_ids), INPUTS_MAX)
         return [(row["executor_id"], to_input(row)) for row in rows]
 
-    async def put_input(
-        self, user: UserExecutionContext, run_input: state_pb2.RunInput
-    ) -> StoredInput | None:
+    async def put_input(self, user: UserExecutionContext, run_input: state_pb2.RunInput) -> StoredInput | None:
         """Stores an input once per request id; None when the user has no such run."""
         asked = state_pb2.RunInput()
         asked.CopyFrom(run_input)

@@ -49,15 +49,18 @@ class Outcome:
 
 
 class Batch:
-    """A batch of entries as one statement's arguments. The database's order: creates, others, terminal ones."""
+    """A batch of entries, stamped at one moment, as one statement's arguments.
 
-    def __init__(self, entries: Sequence[Entry], event_time: datetime) -> None:
+    In the database's order: creates, others, terminal ones.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
         self._entries = entries
         # Locks are taken in the order of runs, so that two state processes do not wait for each other.
         order = sorted(range(len(entries)), key=lambda k: (_group(entries[k]), entries[k].run_key))
         self._order = order
         self._events = [[event.SerializeToString() for event in entries[k].append.events] for k in order]
-        self.arguments = self._encode([entries[k] for k in order], event_time)
+        self.arguments = self._encode([entries[k] for k in order])
 
     def outcomes(self, row: asyncpg.Record) -> list[Outcome]:
         """What the statement's row says about each entry, in the order in which they were given."""
@@ -87,7 +90,7 @@ class Batch:
         last_seq = entry.append.expected_seq + len(events)
         return Outcome("", entry.append.run_id, user_id, entry.to_state, last_seq, ordinal, events)
 
-    def _encode(self, entries: list[Entry], event_time: datetime) -> list[Any]:
+    def _encode(self, entries: list[Entry]) -> list[Any]:
         """Any: each argument has the type of its parameter in the migration."""
         appends = [entry.append for entry in entries]
         creates = [append.create for append in appends if append.HasField("create")]
@@ -112,7 +115,7 @@ class Batch:
             lasts,
             [name for entry in entries for name in entry.types],
             [event for events in self._events for event in events],
-            event_time,
+            _datetime(appends[0].events[0].event_time),
             len(creates),
             [create.user_id for create in creates],
             [create.session_id for create in creates],

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import asyncpg
 import orjson
 from google.protobuf.timestamp_pb2 import Timestamp
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
 
 # Any: what a column holds; its type is the migration's to say.
-Row = Mapping[str, Any]
+Row = Mapping[str, Any] | asyncpg.Record
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 

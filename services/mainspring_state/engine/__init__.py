@@ -1,0 +1,1 @@
+"""What runs when nobody calls: the committer, the fan-out to watchers, the talk between state processes, the leases."""

@@ -1,0 +1,324 @@
+"""Who drives runs: beats that keep leases, claims of what nobody drives, and inputs on their way to the holders."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from mainspring.v1 import events_pb2, state_pb2, types_pb2
+from mainspring_kit import telemetry
+from mainspring_kit.errors import MainspringError, Reason
+from mainspring_kit.identity import UserExecutionContext, new_id
+from mainspring_kit.streams import Outbox, call_tasks
+
+from mainspring_state.core.append import ENDED_STATES, state_name
+from mainspring_state.engine.committer import Answer
+from mainspring_state.engine.presence import Presence
+from mainspring_state.engine.talk import Talk
+from mainspring_state.store.leases import CLAIM_PAGE_MAX, Claim, Leases
+
+INPUT_SECONDS: Final = 1.0
+TIDY_SECONDS: Final = 30.0
+# A claim that old has reached its executor, or the stream would be known to be broken.
+HANDED_OVER_SECONDS: Final = 10.0
+EXECUTOR_ID_CHARACTERS_MAX: Final = 128
+
+
+@dataclass(slots=True, eq=False)
+class _Heartbeat:
+    """One heartbeat stream."""
+
+    stream_id: str
+    outbox: Outbox[state_pb2.HeartbeatResponse]
+    executor_id: str = ""
+    has_left: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Claimer:
+    """One claim stream, and what it was given lately."""
+
+    executor_id: str
+    credit: int
+    outbox: Outbox[state_pb2.ClaimedRun]
+    handed: list[tuple[float, types_pb2.Run]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTimes:
+    """In seconds: the lease, the lease once the heartbeat stream broke, the longest wait between looks for claims."""
+
+    lease: float
+    broken_lease: float
+    claim: float
+
+
+class Executors:
+    """The executors that are connected to this process."""
+
+    def __init__(
+        self,
+        leases: Leases,
+        presence: Presence,
+        talk: Talk,
+        times: LeaseTimes,
+        *,
+        submit: Callable[[state_pb2.Append, Answer], None],
+    ) -> None:
+        self._leases = leases
+        self._presence = presence
+        self._talk = talk
+        self._times = times
+        self._submit = submit
+        self._heartbeats: dict[str, _Heartbeat] = {}
+        self._claimers: list[_Claimer] = []
+        self._chances = asyncio.Event()
+        self._farewells: asyncio.Queue[_Heartbeat | _Claimer] = asyncio.Queue()
+        self._is_draining = False
+
+    async def run(self) -> None:
+        """Goes on as long as it is awaited."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._claim_for_all())
+            tasks.create_task(self._repeat_inputs())
+            tasks.create_task(self._bid_farewell())
+
+    def kick(self) -> None:
+        """Some run became claimable: look at once."""
+        self._chances.set()
+
+    def hear_input(self, executor_id: str, run_input: state_pb2.RunInput) -> None:
+        """Tells a holder that beats to this process; others hear it elsewhere or not at all."""
+        heartbeat = self._heartbeats.get(executor_id)
+        if heartbeat is not None:
+            _tell(heartbeat, state_pb2.HeartbeatResponse(inputs=[run_input]))
+
+    def drain(self) -> None:
+        """Ends all streams: executors beat and claim on elsewhere."""
+        self._is_draining = True
+        for heartbeat in self._heartbeats.values():
+            heartbeat.outbox.close()
+        for claimer in self._claimers:
+            claimer.outbox.close()
+
+    async def put_input(self, user: UserExecutionContext, request: state_pb2.PutInputRequest) -> state_pb2.RunInput:
+        """Stores what is asked of a run and tells its holder, or lets somebody claim the run. RUN_ENDED."""
+        run_input = state_pb2.RunInput(
+            run_id=request.run_id.lower(),
+            request_id=request.request_id or user.request_id or new_id(),
+            requested_by=user.user_id,
+            cancel=request.cancel,
+        )
+        stored = await self._leases.put_input(user, run_input)
+        if stored is None:
+            raise run_not_found(request.run_id)
+        if stored.input is None:
+            state = state_name(stored.state)
+            raise MainspringError(
+                Reason.RUN_ENDED,
+                f"Run {request.run_id} has ended as {state}: there is nothing to ask of it.",
+                run_id=request.run_id,
+                state=state,
+            )
+        if stored.holder in self._heartbeats:
+            self.hear_input(stored.holder, stored.input)
+        elif stored.holder:
+            self._talk.publish_input(stored.holder, stored.input)
+        elif stored.state not in ENDED_STATES:
+            self.kick()
+            self._talk.publish_ready()
+        return stored.input
+
+    async def heartbeat(
+        self, requests: AsyncIterator[state_pb2.HeartbeatRequest]
+    ) -> AsyncIterator[state_pb2.HeartbeatResponse]:
+        """Serves one heartbeat stream."""
+        heartbeat = _Heartbeat(new_id(), Outbox("heartbeat", items_max=10_000))
+        call_tasks.get().create_task(self._read_beats(requests, heartbeat))
+        try:
+            while responses := await heartbeat.outbox.take():
+                for response in responses:
+                    yield response
+        finally:
+            if self._heartbeats.get(heartbeat.executor_id) is heartbeat:
+                del self._heartbeats[heartbeat.executor_id]
+            if heartbeat.executor_id and not heartbeat.has_left and not self._is_draining:
+                self._farewells.put_nowait(heartbeat)
+
+    async def claim(self, request: state_pb2.ClaimRunsRequest) -> AsyncIterator[state_pb2.ClaimRunsResponse]:
+        """Serves one claim stream."""
+        claimer = _Claimer(request.executor_id, request.credit, Outbox("claims", items_max=100_000))
+        self._claimers.append(claimer)
+        self.kick()
+        try:
+            while runs := await claimer.outbox.take():
+                for start in range(0, len(runs), CLAIM_PAGE_MAX):
+                    yield state_pb2.ClaimRunsResponse(runs=runs[start : start + CLAIM_PAGE_MAX])
+        finally:
+            self._claimers.remove(claimer)
+            if claimer.handed:
+                self._farewells.put_nowait(claimer)
+
+    async def _read_beats(self, requests: AsyncIterator[state_pb2.HeartbeatRequest], heartbeat: _Heartbeat) -> None:
+        async for request in requests:
+            if not 1 <= len(request.executor_id) <= EXECUTOR_ID_CHARACTERS_MAX:
+                raise MainspringError(
+                    Reason.REQUEST_INVALID,
+                    f"executor_id has 1 to {EXECUTOR_ID_CHARACTERS_MAX} characters.",
+                    field="executor_id",
+                )
+            heartbeat.executor_id = request.executor_id
+            self._heartbeats[request.executor_id] = heartbeat
+            try:
+                if request.leaving:
+                    await self._leases.shorten_lease(request.executor_id, "", seconds=0)
+                    heartbeat.has_left = True
+                    self.kick()
+                    self._talk.publish_ready()
+                else:
+                    await self._leases.beat(request.executor_id, heartbeat.stream_id)
+            except MainspringError as error:
+                # Not stored, so not answered: the executor knows by itself how old its last stored beat is.
+                telemetry.logger().debug("beat_lost", executor_id=request.executor_id, detail=str(error)[:200])
+                continue
+            lease = Duration()
+            lease.FromMilliseconds(int(self._times.lease * 1_000))
+            _tell(heartbeat, state_pb2.HeartbeatResponse(beat=request.beat, lease=lease))
+        heartbeat.outbox.close()
+
+    async def _bid_farewell(self) -> None:
+        """After a stream broke: less patience with its executor, and what it was given last is looked at again."""
+        while True:
+            gone = await self._farewells.get()
+            try:
+                if isinstance(gone, _Heartbeat):
+                    await self._leases.shorten_lease(gone.executor_id, gone.stream_id, seconds=self._times.broken_lease)
+                else:
+                    await self._leases.disown([run for _, run in gone.handed])
+            except MainspringError as error:
+                telemetry.logger().debug("farewell_lost", executor_id=gone.executor_id, detail=str(error)[:200])
+            asyncio.get_running_loop().call_later(self._times.broken_lease, self.kick)
+
+    async def _repeat_inputs(self) -> None:
+        """Tells holders again what they have not consumed: a word may be lost, a holder may be new."""
+        while True:
+            await asyncio.sleep(INPUT_SECONDS)
+            if not self._heartbeats:
+                continue
+            try:
+                found = await self._leases.inputs_for(list(self._heartbeats))
+            except MainspringError as error:
+                telemetry.logger().debug("inputs_delayed", detail=str(error)[:200])
+                continue
+            for executor_id, run_input in found:
+                self.hear_input(executor_id, run_input)
+
+    async def _claim_for_all(self) -> None:
+        tidy_due = 0.0
+        while True:
+            self._chances.clear()
+            try:
+                while await self._claim_round():
+                    pass
+                if time.monotonic() >= tidy_due:
+                    await self._leases.tidy_ready()
+                    tidy_due = time.monotonic() + TIDY_SECONDS
+            except MainspringError as error:
+                telemetry.logger().debug("claims_delayed", detail=str(error)[:200])
+            try:
+                async with asyncio.timeout(self._times.claim):
+                    await self._chances.wait()
+            except TimeoutError:
+                pass
+
+    async def _claim_round(self) -> bool:
+        """Claims once for each claimer; says whether anybody got a full page, so that there may be more."""
+        connected = self._presence.connected
+        if connected is None:
+            return False
+        is_full = False
+        for claimer in list(self._claimers):
+            claims = await self._leases.claim(claimer.executor_id, credit=claimer.credit, connected=connected)
+            good = [claim for claim in claims if not claim.is_poisoned]
+            for claim in claims:
+                if claim.is_poisoned:
+                    self._poison(claim)
+            if good:
+                await self._hand_over(claimer, good)
+            is_full = is_full or len(claims) >= CLAIM_PAGE_MAX
+        # The first come would be served first: everybody gets a turn.
+        self._claimers = self._claimers[1:] + self._claimers[:1]
+        return is_full
+
+    async def _hand_over(self, claimer: _Claimer, claims: list[Claim]) -> None:
+        now = time.monotonic()
+        runs = [claim.run for claim in claims]
+        claimer.handed = [pair for pair in claimer.handed if now - pair[0] < HANDED_OVER_SECONDS]
+        claimer.handed += [(now, run) for run in runs]
+        if claimer not in self._claimers:
+            await self._leases.disown(runs)
+            return
+        inputs: dict[str, list[state_pb2.RunInput]] = {}
+        for run_input in await self._leases.inputs_of(runs):
+            inputs.setdefault(run_input.run_id, []).append(run_input)
+        for claim in claims:
+            telemetry.logger().info(
+                "run_claimed", run_id=claim.run.run_id, executor_id=claimer.executor_id, takeovers=claim.takeovers
+            )
+            claimer.outbox.put(
+                state_pb2.ClaimedRun(run=claim.run, takeovers=claim.takeovers, inputs=inputs.get(claim.run.run_id, []))
+            )
+
+    def _poison(self, claim: Claim) -> None:
+        """Executors died on the run, one after the other: it is ended instead of handed out again."""
+        run = claim.run
+        message = f"{claim.takeovers - 1} executors in turn died on run {run.run_id} without a new event: look into it."
+        error = types_pb2.RunError(
+            code="ABORTED",
+            reason="RUN_POISONED",
+            message=message,
+            metadata={"run_id": run.run_id, "attempts": str(claim.takeovers - 1)},
+        )
+        duration_ms = 0.0
+        if run.HasField("start_time"):
+            duration_ms = max(0.0, self._presence.now() - run.start_time.ToNanoseconds() / 1e9) * 1e3
+        event = events_pb2.RunEvent(
+            run_id=run.run_id,
+            seq=run.last_seq + 1,
+            session_id=run.session_id,
+            agent=run.agent,
+            trace_id=run.trace_id,
+            agent_failed=events_pb2.AgentFailed(error=error, duration_ms=duration_ms),
+        )
+        append = state_pb2.Append(
+            append_id=new_id(),
+            tenant_id=run.tenant_id,
+            run_id=run.run_id,
+            expected_seq=run.last_seq,
+            epoch=run.epoch,
+            events=[event],
+        )
+        telemetry.logger().warning("run_poisoned", run_id=run.run_id, takeovers=claim.takeovers)
+        self._submit(append, _ignore)
+
+
+def run_not_found(run_id: str) -> MainspringError:
+    """The user has no such run."""
+    return MainspringError(Reason.RUN_NOT_FOUND, f"There is no run {run_id!r}: check the id.", run_id=run_id[:128])
+
+
+def _tell(heartbeat: _Heartbeat, response: state_pb2.HeartbeatResponse) -> None:
+    """An executor that does not read hears it again, or beats on another stream."""
+    try:
+        heartbeat.outbox.put(response)
+    except MainspringError as error:
+        telemetry.logger().warning("executor_deaf", executor_id=heartbeat.executor_id, detail=str(error)[:200])
+        heartbeat.outbox.close()
+
+
+def _ignore(result: state_pb2.AppendResult) -> None:
+    """Nobody waits: if the append failed, somebody else moved the run on."""
