@@ -57,6 +57,8 @@ class Child:
         self._wanted = asyncio.Event()
         self._wanted.set()
         self._spawning = asyncio.Lock()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._has_served = False
 
     @property
@@ -105,8 +107,12 @@ class Child:
         self.serving.clear()
         async with self._spawning:
             process = self.process
-        if process is None:
-            return
+        if process is not None:
+            await self._end(process, seconds)
+        # Its guard has ended too, so whoever cancels the supervision now cuts nothing short.
+        await self._idle.wait()
+
+    async def _end(self, process: asyncio.subprocess.Process, seconds: float) -> None:
         for number in (self.launch.stop_signal, self.launch.hard_stop_signal, signal.SIGKILL):
             if process.returncode is not None:
                 return
@@ -121,6 +127,7 @@ class Child:
                 return 0
             self.launch.before()
             process = self.process = await self._spawn()
+            self._idle.clear()
         self._owner.started(self)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -131,6 +138,7 @@ class Child:
                 guard.cancel()
         finally:
             self.serving.clear()
+            self._idle.set()
         return returncode
 
     async def _spawn(self) -> asyncio.subprocess.Process:

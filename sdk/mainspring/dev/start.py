@@ -70,7 +70,7 @@ async def stack(
         )
         ready_files = [folder.ready_file, *([ready_file] if ready_file else [])]
         running = Stack(plan, folder, ready_files=ready_files, witness=witness or Silent())
-        start = _Start(running, witness or Silent(), parent_fd=held.enter_context(_parent_pipe()))
+        start = _Start(running, witness or Silent(), parent_fd=held.enter_context(parent_pipe()))
         try:
             async with asyncio.TaskGroup() as tasks:
                 trimming = tasks.create_task(trim(folder.logs))
@@ -169,7 +169,7 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 
 
 @contextmanager
-def _parent_pipe() -> Iterator[int]:
+def parent_pipe() -> Iterator[int]:
     """The end that children inherit; nobody else holds the other one, so it tells them when this process dies."""
     read, write = os.pipe()
     try:
