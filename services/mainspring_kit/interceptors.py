@@ -89,7 +89,10 @@ class Guard(grpc.aio.ServerInterceptor):
         return call
 
     def _admit(self, method: str, context: ServicerContext) -> None:
-        """Identifies the caller, checks the role, and leaves both for the servicer to read."""
+        """Identifies the caller, checks the deadline and the role, and leaves the caller for the servicer to read."""
+        remaining = context.time_remaining()
+        if remaining is not None and remaining <= 0:
+            raise MainspringError(Reason.DEADLINE_EXCEEDED, "The deadline has passed already.", method=method)
         metadata = dict(context.invocation_metadata() or ())
         principal = self._verifier.verify(bearer_token(metadata))
         role = self._roles.get(method, identity_pb2.ROLE_UNSPECIFIED)
@@ -126,9 +129,6 @@ class _Span:
 
     async def __aenter__(self) -> None:
         self._start = time.monotonic()
-        remaining = self._context.time_remaining()
-        if remaining is not None and remaining <= 0:
-            raise MainspringError(Reason.DEADLINE_EXCEEDED, "The deadline has passed already.", method=self._method)
         if self._streaming:
             telemetry.logger().debug("stream_opened", method=self._method)
 

@@ -20,6 +20,7 @@ from mainspring_execution.engine.drive import Surroundings, make_drive
 from mainspring_execution.engine.runs import Runs
 from mainspring_execution.peers import UNREACHED
 
+CREDIT_MAX: Final = 10_000
 RETRY_SECONDS: Final = 0.25
 
 
@@ -29,6 +30,7 @@ class Claims:
     def __init__(self, surroundings: Surroundings, runs: Runs) -> None:
         self._around = surroundings
         self._runs = runs
+        self._claimed = 0
 
     async def run(self) -> None:
         """Keeps a stream of claims open while this process may drive more."""
@@ -42,25 +44,27 @@ class Claims:
             await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
 
     async def _claim(self, address: str) -> None:
-        """Takes claimed runs from one stream until its credit is used up."""
-        credit = self._runs.room
+        """Takes runs from one stream while there is room; state counts what was claimed here against the credit."""
+        credit = min(CREDIT_MAX, self._claimed + self._runs.room)
         call = self._around.state.open_claims(address, executor_id=self._around.lease.executor_id, credit=credit)
         try:
             async for response in call:
                 for claimed in response.runs:
                     self._runs.spawn(self._take_over(claimed))
-                credit -= len(response.runs)
-                if credit <= 0 or self._runs.is_draining:
+                if not self._runs.room:
                     return
         finally:
             call.cancel()
 
     async def _take_over(self, claimed: state_pb2.ClaimedRun) -> None:
         """Takes a claimed run up where its log ends."""
+        self._claimed += 1
         try:
             await self._drive(claimed)
         except Exception as fault:  # a fault of ours in one run must not end the others
             telemetry.logger().error("takeover_faulted", run_id=claimed.run.run_id, exc_info=fault)
+        finally:
+            self._claimed -= 1
 
     async def _drive(self, claimed: state_pb2.ClaimedRun) -> None:
         arrived = time.perf_counter()
