@@ -177,7 +177,6 @@ class Board:
             if call.cancelled_time is not None:
                 self._settle(call, outcomes.cancelled(call.key[1], call.message.call_id), now=now)
             elif call.repeatable and call.executions < EXECUTIONS_MAX:
-                call.since = now
                 self._place(call, now)
         if returns and worker.calls:
             self._wake_at(now + RETURN_SECONDS)

@@ -26,6 +26,9 @@ class Memory:
 
     def keep(self, call: Call, outcome: pb.WorkerResult, *, now: float) -> None:
         """Remembers a call's outcome with the number of its executions."""
+        former = self._outcomes.pop(_key(call.message), None)
+        if former is not None:
+            self._bytes -= len(former[2].result)
         self._outcomes[_key(call.message)] = (now + KEEP_SECONDS, call.executions, outcome)
         self._bytes += len(outcome.result)
         while len(self._outcomes) > OUTCOMES_MAX or (self._bytes > BYTES_MAX and len(self._outcomes) > 1):
