@@ -12,9 +12,6 @@ class ExecutionSettings(ServiceSettings):
     listen: str = Field(
         "127.0.0.1:50053", pattern=r"^[^\s]+:\d{1,5}$", description="host:port to serve on; port 0: any"
     )
-    listen: str = Field(
-        "127.0.0.1:50053", pattern=r"^[^\s]+:\d{1,5}$", description="host:port to serve on; port 0: any"
-    )
     registry_target: str = Field(min_length=1, description="the registry: host:port[,host:port…] or dns:///name:port")
     dispatcher_target: str = Field(min_length=1, description="the dispatcher, in the same syntax")
     state_target: str = Field(min_length=1, description="state, in the same syntax")

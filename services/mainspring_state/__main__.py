@@ -28,7 +28,7 @@ async def wired(settings: StateSettings) -> AsyncIterator[tuple[StateServicer, E
     async with await postgres.connect(settings.database_url, size_max=settings.database_connections_max) as pool:
         wire = Wire(settings.redis_url)
         try:
-            engine = Engine(settings, pool, wire)
+            engine = Engine(settings, pool, wire=wire)
             async with background(engine.run()):
                 yield StateServicer(engine), engine  # type: ignore[abstract]  # later rpcs are missing
         finally:

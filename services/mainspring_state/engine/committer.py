@@ -49,8 +49,8 @@ class Committer:
         self,
         database_url: str,
         hub: Hub,
-        backlog: Backlog[Waiting],
         *,
+        backlog: Backlog[Waiting],
         now: Callable[[], float],
         publish: Callable[[list[state_pb2.Delivery]], None],
         on_ready: Callable[[], None],
@@ -187,7 +187,7 @@ class Committer:
             return None
         if entry.types[0] == "agent_started":
             append.events[0].agent_started.ordinal = outcome.ordinal
-        self._hub.take_in(key, outcome.user_id, append.events, encoded=outcome.events)
+        self._hub.take_in(key, outcome.user_id, events=append.events, encoded=outcome.events)
         return state_pb2.Delivery(
             run_id=append.run_id, tenant_id=append.tenant_id, user_id=outcome.user_id, events=append.events
         )

@@ -64,9 +64,9 @@ class Executors:
         self,
         leases: Leases,
         presence: Presence,
+        *,
         talk: Talk,
         times: LeaseTimes,
-        *,
         submit: Callable[[state_pb2.Append, Answer], None],
     ) -> None:
         self._leases = leases

@@ -70,7 +70,7 @@ class Hub:
         return [(key, feed) for key, feed in self._watched.items() if feed.is_known]
 
     def take_in(
-        self, key: Key, user_id: str, events: Sequence[events_pb2.RunEvent], *, encoded: Sequence[bytes] | None = None
+        self, key: Key, user_id: str, *, events: Sequence[events_pb2.RunEvent], encoded: Sequence[bytes] | None = None
     ) -> state_pb2.Delivery | None:
         """New events of a run, in order: to its watchers and into the cache; what is known already is dropped.
 
@@ -97,7 +97,7 @@ class Hub:
         delivery = None
         if watchers and fresh:
             delivery = state_pb2.Delivery(run_id=key[1], tenant_id=key[0], user_id=user_id, events=fresh)
-            self._deliver(key, delivery, watchers)
+            self._deliver(key, delivery, watchers=watchers)
         elif not watchers:
             self._cached.move_to_end(key)
         self._trim(feed)
@@ -109,7 +109,7 @@ class Hub:
             self.lagging.add(key)
             self.lag.set()
 
-    def _deliver(self, key: Key, delivery: state_pb2.Delivery, watchers: dict[Watcher, None]) -> None:
+    def _deliver(self, key: Key, delivery: state_pb2.Delivery, *, watchers: dict[Watcher, None]) -> None:
         is_end = is_terminal(delivery.events[-1])
         for watcher in list(watchers):
             watcher.deliver(key, delivery, is_end=is_end)

@@ -29,23 +29,23 @@ OUTSTANDING_MAX = 16_384
 class Engine:
     """One state process: its committer, its watchers, its executors."""
 
-    def __init__(self, settings: StateSettings, pool: postgres.Pool, wire: Wire) -> None:
+    def __init__(self, settings: StateSettings, pool: postgres.Pool, *, wire: Wire) -> None:
         self.state_id = new_id()
         self.reads = Reads(pool)
         self._hub = Hub(runs_max=settings.tail_runs_max, bytes_max=settings.tail_bytes_max)
         leases = Leases(pool, self.state_id, lease_seconds=settings.lease_seconds)
         self._presence = Presence(leases)
-        self._talk = Talk(wire, self._hub, self._presence, leases, state_id=self.state_id)
+        self._talk = Talk(wire, self._hub, presence=self._presence, leases=leases, state_id=self.state_id)
         self._committer = Committer(
             settings.database_url,
             self._hub,
-            Backlog(items_max=settings.backlog_appends_max, bytes_max=settings.backlog_bytes_max),
+            backlog=Backlog(items_max=settings.backlog_appends_max, bytes_max=settings.backlog_bytes_max),
             now=self._presence.now,
             publish=self._talk.publish_deliveries,
             on_ready=self._kick,
         )
         times = LeaseTimes(settings.lease_seconds, settings.broken_lease_seconds, settings.claim_seconds)
-        self.executors = Executors(leases, self._presence, self._talk, times, submit=self._committer.submit)
+        self.executors = Executors(leases, self._presence, talk=self._talk, times=times, submit=self._committer.submit)
         self._talk.listener = self.executors
         slots = asyncio.Semaphore(max(1, settings.database_connections_max - 2))
         self._sources = Sources(self._hub, self.reads, self._talk.heal, slots)
@@ -103,7 +103,7 @@ class Engine:
 
     async def follow(self, requests: AsyncIterator[state_pb2.FollowRequest]) -> AsyncIterator[state_pb2.FollowResponse]:
         """Serves one Follow stream."""
-        follower = Follower(self._sources, self._limits, caller_variable.get(), self.state_id)
+        follower = Follower(self._sources, self._limits, caller=caller_variable.get(), state_id=self.state_id)
         self._followers.add(follower)
         try:
             async for response in follower.follow(requests):

@@ -42,7 +42,7 @@ class Listener(Protocol):
 class Talk:
     """Publishes this process's commits when somebody listens, hears the others', and heals what went missing."""
 
-    def __init__(self, wire: Wire, hub: Hub, presence: Presence, leases: Leases, *, state_id: str) -> None:
+    def __init__(self, wire: Wire, hub: Hub, *, presence: Presence, leases: Leases, state_id: str) -> None:
         self._wire = wire
         self._hub = hub
         self._presence = presence
@@ -91,7 +91,7 @@ class Talk:
                 key, after_seq=last_seq, item_max=HEAL_PAGE_EVENTS, byte_max=HEAL_PAGE_BYTES
             )
             if events:
-                self._hub.take_in(key, feed.user_id, [to_event(event) for event in events], encoded=events)
+                self._hub.take_in(key, feed.user_id, events=[to_event(event) for event in events], encoded=events)
 
     def _has_listeners(self) -> bool:
         return bool(self._presence.peers) or self._hearing.recent(
@@ -150,7 +150,7 @@ class Talk:
             self._missed.set()
         if publication.kind == hearing.FRAME:
             for delivery in state_pb2.FollowResponse.FromString(publication.body).deliveries:
-                self._hub.take_in((delivery.tenant_id, delivery.run_id), delivery.user_id, delivery.events)
+                self._hub.take_in((delivery.tenant_id, delivery.run_id), delivery.user_id, events=delivery.events)
         elif self.listener is not None and publication.kind == hearing.INPUT:
             executor_id, run_input = hearing.unpack_input(publication.body)
             self.listener.hear_input(executor_id, state_pb2.RunInput.FromString(run_input))
