@@ -203,7 +203,7 @@ def to_json(value: object) -> bytes:
 def _plain(value: object) -> object:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
-    raise TypeError(f"a {type(value).__name__} is not JSON")
+    raise TypeError  # orjson names the type
 
 
 def _mark(function: Function, *, name: str, effect: Effect, timeout_seconds: float) -> Function:

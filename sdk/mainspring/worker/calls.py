@@ -116,7 +116,9 @@ class Calls:
         if declaration is None:
             return _failed(call, code="NOT_FOUND", reason="TOOL_NOT_FOUND", message=f"This worker has no {call.tool}.")
         seconds = call.timeout.ToNanoseconds() / 1e9 if call.HasField("timeout") else declaration.timeout_seconds
-        scope = asyncio.timeout(0 if running.is_cancelled else seconds)
+        if running.is_cancelled:
+            return _stopped(running, seconds)  # before it began
+        scope = asyncio.timeout(seconds)
         try:
             async with scope:
                 running.scope = scope

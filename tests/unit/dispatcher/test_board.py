@@ -7,7 +7,7 @@ from mainspring.v1 import dispatcher_pb2 as pb
 from mainspring.v1 import types_pb2
 from mainspring_kit.errors import MainspringError
 
-from tests.unit.dispatcher.boards import KEYED, UNSAFE, FakeCaller, Play, make_call
+from tests.unit.dispatcher.boards import KEYED, PURE, UNSAFE, FakeCaller, Play, make_call
 
 pytestmark = pytest.mark.unit
 
@@ -34,7 +34,7 @@ def test_a_call_goes_to_a_worker_and_its_outcome_to_the_caller(play: Play) -> No
 
 def test_an_attempt_gets_no_more_time_than_the_tool_declares(play: Play) -> None:
     _, link = play.attach("w", "echo")
-    declared = types_pb2.Tool(name="echo", effect=1)
+    declared = types_pb2.Tool(name="echo", effect=PURE)
     declared.timeout.FromSeconds(3)
     play.board.learn("", declared, now=play.now)
     play.call("c1", seconds=60)
