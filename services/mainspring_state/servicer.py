@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 
 from mainspring.v1 import state_pb2, state_pb2_grpc, types_pb2
 from mainspring_kit.errors import MainspringError, Reason
-from mainspring_kit.identity import current_context, new_id
+from mainspring_kit.identity import current_context, current_principal, new_id
 from mainspring_kit.interceptors import ServicerContext
 
 from mainspring_state.core import pages
+from mainspring_state.core.privacy import public
 from mainspring_state.engine.root import Engine
 from mainspring_state.store.reads import FIRST_SESSIONS, RunFilter, SessionMark
 from mainspring_state.store.rows import to_event
@@ -96,6 +97,8 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
             byte_max=EVENTS_PAGE_BYTES_MAX,
         )
         page = [to_event(event) for event in events]
+        if not current_principal().is_service:
+            page = public(page)
         last_seq = max(run.last_seq, page[-1].seq if page else 0)
         return state_pb2.ReadEventsResponse(events=page, last_seq=last_seq)
 

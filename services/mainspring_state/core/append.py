@@ -26,7 +26,9 @@ TIMED_OUT: Final = types_pb2.RUN_STATE_TIMED_OUT
 
 ENDED_STATES: Final = frozenset({COMPLETED, FAILED, CANCELLED, TIMED_OUT})
 
-_UUID: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# The last second of the year 9999, where calendars of databases and languages still agree.
+_SECONDS_MAX: Final = 253_402_300_799
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Entry:
 
 
 def is_uuid(text: str) -> bool:
-    """Whether a text is a UUID, as all run ids are."""
+    """Whether a text is a UUID in its one canonical form, as all run ids are."""
     return _UUID.fullmatch(text) is not None
 
 
@@ -228,6 +230,8 @@ def _check_create(append: state_pb2.Append, types: tuple[str, ...]) -> None:
             raise _invalid(append, f"create.{field}", detail=f"it has 1 to {ID_CHARACTERS_MAX} characters")
     if len(create.idempotency_key) > ID_CHARACTERS_MAX:
         raise _invalid(append, "create.idempotency_key", detail=f"it has at most {ID_CHARACTERS_MAX} characters")
+    if not 0 <= create.deadline.seconds <= _SECONDS_MAX or not 0 <= create.deadline.nanos < 1_000_000_000:
+        raise _invalid(append, "create.deadline", detail="it is before 1970 or after 9999")
     if len(create.input) > EVENT_BYTES_MAX:
         raise _too_large("create.input", len(create.input))
 

@@ -15,6 +15,7 @@ from mainspring_kit.streams import Outbox, call_tasks
 
 from mainspring_state.core.append import ENDED_STATES
 from mainspring_state.core.feed import Feed
+from mainspring_state.core.privacy import public
 from mainspring_state.engine.hub import Hub, Key, is_terminal
 from mainspring_state.store.reads import Reads
 from mainspring_state.store.rows import to_event
@@ -50,7 +51,7 @@ class Sources:
 class Follower:
     """The watcher behind one Follow stream."""
 
-    def __init__(self, sources: Sources, limits: FollowLimits, caller: Caller, state_id: str) -> None:
+    def __init__(self, sources: Sources, limits: FollowLimits, *, caller: Caller, state_id: str) -> None:
         self._sources = sources
         self._limits = limits
         self._caller = caller
@@ -181,12 +182,12 @@ class Follower:
         key = (user.tenant_id, subscribe.run_id.lower())
         assert self._tasks is not None, "subscriptions come by the stream"
         self._replaying.setdefault(key, set()).add(subscribe.subscription_id)
-        self._tasks.create_task(self._serve(subscribe, key, user))
+        self._tasks.create_task(self._serve(subscribe, key, user=user))
 
-    async def _serve(self, subscribe: state_pb2.Subscribe, key: Key, user: UserExecutionContext) -> None:
+    async def _serve(self, subscribe: state_pb2.Subscribe, key: Key, *, user: UserExecutionContext) -> None:
         """Replays a subscription and leaves it live, or over."""
         try:
-            is_over = await self._replay(subscribe, key, user)
+            is_over = await self._replay(subscribe, key, user=user)
         except MainspringError as error:
             self._refuse(subscribe, error)
             is_over = True
@@ -203,7 +204,7 @@ class Follower:
         self._unwatch_if_idle(key)
         self._end_if_done()
 
-    async def _replay(self, subscribe: state_pb2.Subscribe, key: Key, user: UserExecutionContext) -> bool:
+    async def _replay(self, subscribe: state_pb2.Subscribe, key: Key, *, user: UserExecutionContext) -> bool:
         """Sends the log up to where live events go on, then caught_up; says whether the run has ended by then.
 
         Whoever awaits this must set the subscription live at once, without waiting for anything.
@@ -293,6 +294,14 @@ class Follower:
         )
 
     def _put(self, delivery: state_pb2.Delivery) -> None:
+        if not self._caller.principal.is_service and delivery.events:
+            delivery = state_pb2.Delivery(
+                run_id=delivery.run_id,
+                tenant_id=delivery.tenant_id,
+                user_id=delivery.user_id,
+                subscription_id=delivery.subscription_id,
+                events=public(delivery.events),
+            )
         try:
             self._outbox.put(delivery)
         except MainspringError as error:

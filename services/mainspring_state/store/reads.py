@@ -46,6 +46,7 @@ class Reads:
 
     async def get_run(self, user: UserExecutionContext, run_id: str) -> types_pb2.Run | None:
         """The run, or None when the user has none of this id."""
+        run_id = run_id.lower()
         if not is_uuid(run_id):
             return None
         async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
