@@ -71,61 +71,61 @@ class Peers:
     async def cancel_run(self, context: UserExecutionContext, *, run_id: str, reason: str) -> None:
         """Asks for the end of a run; durable when answered."""
         request = execution_pb2.CancelRunRequest(run_id=run_id, reason=reason)
-        await _answer(self._execution.CancelRun(request, **self.execution.call(context)))
+        await _answer("execution", self._execution.CancelRun(request, **self.execution.call(context)))
 
     async def get_run(self, context: UserExecutionContext, run_id: str) -> types_pb2.Run:
         """Reads a run."""
         request = state_pb2.GetRunRequest(run_id=run_id)
-        return (await _answer(self._state.GetRun(request, **self.state.call(context)))).run
+        return (await _answer("state", self._state.GetRun(request, **self.state.call(context)))).run
 
     async def wait_run(self, context: UserExecutionContext, *, run_id: str, seconds: int) -> types_pb2.Run:
         """Reads a run when it has ended, or as it is when the time is over."""
         request = state_pb2.WaitRunRequest(run_id=run_id, timeout=Duration(seconds=seconds))
         options = self.state.call(context, timeout_seconds=seconds + _WAIT_MARGIN_SECONDS)
-        return (await _answer(self._state.WaitRun(request, **options))).run
+        return (await _answer("state", self._state.WaitRun(request, **options))).run
 
     async def list_runs(
         self, context: UserExecutionContext, request: state_pb2.ListRunsRequest
     ) -> state_pb2.ListRunsResponse:
         """Lists the user's runs."""
-        return await _answer(self._state.ListRuns(request, **self.state.call(context)))
+        return await _answer("state", self._state.ListRuns(request, **self.state.call(context)))
 
     async def read_events(
         self, context: UserExecutionContext, *, run_id: str, after_seq: int, page_size: int = 0
     ) -> state_pb2.ReadEventsResponse:
         """Reads a page of a run's log."""
         request = state_pb2.ReadEventsRequest(run_id=run_id, after_seq=after_seq, page_size=page_size)
-        return await _answer(self._state.ReadEvents(request, **self.state.call(context)))
+        return await _answer("state", self._state.ReadEvents(request, **self.state.call(context)))
 
     async def list_sessions(
         self, context: UserExecutionContext, request: state_pb2.ListSessionsRequest
     ) -> state_pb2.ListSessionsResponse:
         """Lists the user's sessions."""
-        return await _answer(self._state.ListSessions(request, **self.state.call(context)))
+        return await _answer("state", self._state.ListSessions(request, **self.state.call(context)))
 
     async def register_agent(
         self, context: UserExecutionContext, document: bytes
     ) -> registry_pb2.RegisterAgentResponse:
         """Registers a version of an agent."""
         request = registry_pb2.RegisterAgentRequest(document=document)
-        return await _answer(self._registry.RegisterAgent(request, **self.registry.call(context)))
+        return await _answer("registry", self._registry.RegisterAgent(request, **self.registry.call(context)))
 
     async def get_agent(self, context: UserExecutionContext, *, name: str, version: str) -> types_pb2.Agent:
         """Reads a version of an agent."""
         request = registry_pb2.GetAgentRequest(name=name, version=version)
-        return (await _answer(self._registry.GetAgent(request, **self.registry.call(context)))).agent
+        return (await _answer("registry", self._registry.GetAgent(request, **self.registry.call(context)))).agent
 
     async def list_agents(
         self, context: UserExecutionContext, request: registry_pb2.ListAgentsRequest
     ) -> registry_pb2.ListAgentsResponse:
         """Lists the tenant's agents."""
-        return await _answer(self._registry.ListAgents(request, **self.registry.call(context)))
+        return await _answer("registry", self._registry.ListAgents(request, **self.registry.call(context)))
 
     async def list_tools(
         self, context: UserExecutionContext, request: registry_pb2.ListToolsRequest
     ) -> registry_pb2.ListToolsResponse:
         """Lists the tools that the tenant may call."""
-        return await _answer(self._registry.ListTools(request, **self.registry.call(context)))
+        return await _answer("registry", self._registry.ListTools(request, **self.registry.call(context)))
 
     async def follow(
         self,
@@ -170,11 +170,17 @@ async def _send_orders(call: BidiCall, outbox: Outbox[Order]) -> None:
         await call.write(request)
 
 
-async def _answer(call: Awaitable[Answer]) -> Answer:
+async def _answer(peer: str, call: Awaitable[Answer]) -> Answer:
+    """The answer of a call. Its deadline is ours, not the client's: to the client the peer is unavailable."""
     try:
         return await call
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from error
+    except grpc.RpcError as rpc_error:
+        error = from_rpc_error(rpc_error)
+        if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            error = MainspringError(
+                Reason.PEER_UNAVAILABLE, f"The service {peer} did not answer in time: try again.", peer=peer
+            )
+        raise error from rpc_error
 
 
 def _first(group: BaseExceptionGroup[grpc.RpcError]) -> MainspringError:

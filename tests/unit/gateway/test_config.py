@@ -14,7 +14,7 @@ def settings(**changes: object) -> GatewaySettings:
 
 
 def test_origins_are_as_browsers_send_them() -> None:
-    found = settings(allowed_origins="https://App.example, http://localhost:3000")
+    found = settings(allowed_origins=" , ".join(["https://App.example", "http://localhost:3000"]))
     assert found.origins == {"https://app.example", "http://localhost:3000"}
     assert settings().origins == frozenset()
     assert settings(allowed_origins="*").origins == {"*"}
