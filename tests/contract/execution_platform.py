@@ -32,6 +32,7 @@ from test_framework.servers import Database
 from test_framework.waiting import wait_until
 
 CALL_SECONDS = 20
+TOOL_MODULES = ["mainspring.diagnostics", "test_framework.tools", "tests.contract.execution_tools"]
 
 
 @asynccontextmanager
@@ -53,7 +54,7 @@ async def platform(
         execution = await stack.enter_async_context(wired_execution(ExecutionSettings(**environment)))
         tokens = ServiceTokens(environment["service_secret"], "worker")
         worker = Worker(
-            load_tools(["mainspring.diagnostics"]),
+            load_tools(TOOL_MODULES),
             target=environment["dispatcher_target"],
             token=lambda: tokens.bearer().removeprefix("Bearer "),
         )

@@ -92,12 +92,12 @@ class Drive:
         return self._run.run_id
 
     def resume(self, log: Iterable[events_pb2.RunEvent]) -> None:
-        """Takes the run's durable events, agent_started first; the stages are counted from here."""
+        """Takes the run's durable events, if there are any yet; with the first one the run's own time begins."""
         self._journal.restore(fold(log))
-        carried_seconds = 0.0
-        if self._journal.progress.started_ms:
-            carried_seconds = max(0.0, time.time() - self._journal.progress.started_ms / 1e3)
-        self._ending.begin(carried_seconds=carried_seconds)
+        started_ms = self._journal.progress.started_ms
+        carried_seconds = max(0.0, time.time() - started_ms / 1e3) if started_ms else 0.0
+        if self._journal.progress.started:
+            self._ending.begin(carried_seconds=carried_seconds)
 
     def record_recovery(self, *, attempt: int, executor_id: str) -> None:
         """Records that this executor goes on; durable before anything else is done."""
@@ -159,8 +159,8 @@ class Drive:
         """Does what core decides."""
         agent = self._agent
         if self._run.state == types_pb2.RUN_STATE_QUEUED:
-            # Claimed before its turn, for its end only, and the reason for that is gone.
-            self.attention.abandon()
+            # Claimed before its turn, to be ended: by its deadline, if nobody asks for it before.
+            await self.attention.wait()
             return
         if agent is None:
             await self._refuse_to_run()
@@ -184,6 +184,7 @@ class Drive:
         )
         self._journal.record(agent_started=started)
         self._journal.flush()
+        self._ending.begin()
 
     async def _refuse_to_run(self) -> None:
         """Fails a run that cannot go on whatever its log says."""

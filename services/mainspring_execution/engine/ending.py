@@ -43,7 +43,7 @@ class Ending:
         self._carried_seconds = 0.0
 
     def begin(self, *, carried_seconds: float = 0.0) -> None:
-        """The first event is durable; `carried_seconds`: so long ago under other executors, before this one's claim."""
+        """The run has its first event; `carried_seconds`: since when, where another executor recorded it."""
         self._carried_seconds = carried_seconds
         self.mark(PREPROCESSING)
         self._began = self._marks[PREPROCESSING] - carried_seconds

@@ -1,0 +1,175 @@
+"""Runs whose executor is gone: another one takes them up from the log, and repeats nothing that is finished."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import orjson
+import pytest
+from mainspring.v1 import execution_pb2 as pb
+from mainspring.v1 import types_pb2
+from mainspring_execution.__main__ import Execution, wired
+from mainspring_execution.config import ExecutionSettings
+from mainspring_kit.errors import from_status
+
+from test_framework.agents import call, echo_agent, scripted_agent, step
+from test_framework.gate import Gate
+from test_framework.identities import Identities, make_context, unique
+from test_framework.servers import Database
+from test_framework.waiting import wait_until
+from tests.contract.execution_platform import Caller, names, platform, terminal
+
+pytestmark = pytest.mark.contract
+
+grpc_service = "Execution"
+grpc_databases = ("State", "Registry")
+
+DONE = step("Done.", result={"calls": "{{calls}}"})
+
+
+# Any: servicers and settings have no common base.
+@pytest.fixture(scope="module")
+def grpc_wiring(
+    contract_environment: dict[str, Any], contract_databases: Mapping[str, Database]
+) -> Callable[[], AbstractAsyncContextManager[dict[str, Any]]]:
+    """All services and a worker; this executor is the one that takes over."""
+    return partial(platform, contract_environment, contract_databases)
+
+
+@pytest.fixture
+async def ann(identities: Identities, aio_channel: grpc.aio.Channel) -> AsyncIterator[Caller]:
+    """A user of a tenant of the test's own, once runs can be started."""
+    caller = Caller(unique("tenant"), unique("person"), identities, aio_channel)
+    await caller.register(echo_agent())
+    await caller.until_ready("echo")
+    yield caller
+
+
+@pytest.fixture
+def settings(contract_environment: dict[str, Any]) -> ExecutionSettings:
+    """Of the executor that a test ends."""
+    return ExecutionSettings(**contract_environment)
+
+
+@asynccontextmanager
+async def doomed(settings: ExecutionSettings) -> AsyncIterator[Execution]:
+    """An executor that vanishes at the end of the block: no drain, no word to anybody."""
+    async with wired(settings) as execution:
+        await wait_until(lambda: execution.around.lease.is_held and execution.around.catalog.is_fresh)
+        yield execution
+
+
+async def start_on(execution: Execution, caller: Caller, *, agent: str, value: Any = None) -> str:
+    """Starts a run on this very executor (Any: a JSON value); its id."""
+    context = replace(make_context(caller.tenant_id, caller.user_id), roles=("runner",))
+    answered: asyncio.Future[pb.StartResult] = asyncio.get_running_loop().create_future()
+    start = pb.StartRunRequest(agent=agent, input=orjson.dumps({"value": value}))
+    execution.runs.start(pb.StartItem(context=context.to_message(), start=start), answered.set_result)
+    async with asyncio.timeout(10):
+        result = await answered
+    assert result.status.code == 0, from_status(result.status)
+    return result.run_id
+
+
+async def test_a_lost_pure_call_is_made_again_under_its_id(ann: Caller, settings: ExecutionSettings) -> None:
+    await ann.register(scripted_agent("napping", step("Nap.", call("diagnostics.sleep", seconds=0.5)), DONE))
+    async with doomed(settings) as execution:
+        run_id = await start_on(execution, ann, agent="napping")
+        await ann.reached(run_id, "tool_executing")
+    run = await ann.end_of(run_id)
+    events = await ann.log(run_id)
+    assert run.state == types_pb2.RUN_STATE_COMPLETED
+    assert names(events) == [
+        "agent_started",
+        "agent_thinking",
+        "tool_executing",
+        "run_recovered",
+        "tool_completed",
+        "agent_thinking",
+        "agent_completed",
+    ]
+    assert (events[3].run_recovered.attempt, events[3].run_recovered.lost_calls) == (1, [f"{run_id}.2.0"])
+    assert events[4].tool_completed.call_id == f"{run_id}.2.0"
+    assert (run.epoch, [event.agent_thinking.step for event in (events[1], events[5])]) == (2, [1, 2])
+    assert sum(stage.duration_ms for stage in run.stages) >= 500
+
+
+async def test_a_lost_keyed_call_takes_effect_once(ann: Caller, settings: ExecutionSettings, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    await ann.register(scripted_agent("gated", step("Wait.", call("probe.gate", folder="{{input.value}}")), DONE))
+    async with doomed(settings) as execution:
+        run_id = await start_on(execution, ann, agent="gated", value=str(tmp_path))
+        await gate.wait_for(1)
+    await ann.reached(run_id, "run_recovered")
+    gate.open()
+    run = await ann.end_of(run_id)
+    assert run.state == types_pb2.RUN_STATE_COMPLETED
+    assert gate.effects() == [f"{run_id}.2.0"]
+
+
+async def test_a_lost_unsafe_call_is_not_made_again(ann: Caller, settings: ExecutionSettings, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    await ann.register(scripted_agent("rocket", step("Go.", call("probe.launch", folder="{{input.value}}")), DONE))
+    async with doomed(settings) as execution:
+        run_id = await start_on(execution, ann, agent="rocket", value=str(tmp_path))
+        await gate.wait_for(1)
+    run = await ann.end_of(run_id)
+    gate.open()
+    events = await ann.log(run_id)
+    assert (run.state, run.error.reason) == (types_pb2.RUN_STATE_FAILED, "WORKER_LOST")
+    assert names(events)[3:] == ["run_recovered", "tool_completed", "agent_failed"]
+    assert terminal(events).error.metadata["call_id"] == f"{run_id}.2.0"
+
+
+async def test_an_executor_that_leaves_hands_its_runs_over_at_once(ann: Caller, settings: ExecutionSettings) -> None:
+    await ann.register(scripted_agent("thinking", step("A thought."), step("Hm.", delay="800ms"), DONE))
+    async with doomed(settings) as execution:
+        run_id = await start_on(execution, ann, agent="thinking")
+        await ann.reached(run_id, "agent_thinking")
+        await execution.drain(0)
+        refused: list[pb.StartResult] = []
+        execution.runs.start(pb.StartItem(item_id=1), refused.append)
+        assert from_status(refused[0].status).reason_name == "DRAINING"
+        run = await ann.end_of(run_id)
+    events = await ann.log(run_id)
+    assert run.state == types_pb2.RUN_STATE_COMPLETED
+    assert names(events).count("run_recovered") == 1
+    assert [event.agent_thinking.step for event in events if event.HasField("agent_thinking")] == [1, 2, 3]
+
+
+async def test_a_draining_executor_lets_its_runs_end(ann: Caller, settings: ExecutionSettings) -> None:
+    await ann.register(scripted_agent("brief", step("Hm.", delay="300ms"), DONE))
+    async with doomed(settings) as execution:
+        run_id = await start_on(execution, ann, agent="brief")
+        await execution.drain(10)
+    events = await ann.log(run_id)
+    assert names(events)[-1] == "agent_completed"
+    assert "run_recovered" not in names(events)
+
+
+async def test_a_cancel_of_a_run_without_a_driver_is_carried_out(ann: Caller, settings: ExecutionSettings) -> None:
+    await ann.register(scripted_agent("long", step("Hm.", call("diagnostics.sleep", seconds=60)), DONE))
+    async with doomed(settings) as execution:
+        run_id = await start_on(execution, ann, agent="long")
+        await ann.reached(run_id, "tool_executing")
+    await ann.execution.CancelRun(pb.CancelRunRequest(run_id=run_id, reason="gone"), **ann.options())
+    run = await ann.end_of(run_id)
+    end = terminal(await ann.log(run_id))
+    assert (run.state, end.reason) == (types_pb2.RUN_STATE_CANCELLED, "gone")
+    assert [(receipt.call_id, receipt.acknowledged) for receipt in end.receipt] == [(f"{run_id}.2.0", True)]
+
+
+async def test_twenty_runs_in_mid_call_all_go_on(ann: Caller, settings: ExecutionSettings) -> None:
+    await ann.register(scripted_agent("napping", step("Nap.", call("diagnostics.sleep", seconds=0.5)), DONE))
+    async with doomed(settings) as execution:
+        run_ids = [await start_on(execution, ann, agent="napping") for _ in range(20)]
+    for run_id in run_ids:
+        assert (await ann.end_of(run_id)).state == types_pb2.RUN_STATE_COMPLETED
+        assert names(await ann.log(run_id)).count("tool_completed") == 1
