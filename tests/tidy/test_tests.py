@@ -14,8 +14,8 @@ pytestmark = pytest.mark.tidy
 
 DOUBLES = ("unittest.mock", "mock", "pytest_mock", "responses", "freezegun")
 SKIPS = {"skip", "skipif", "xfail", "importorskip"}
-# The environment is an input of a process; our own code is never patched.
-MONKEYPATCHES = {"setenv", "delenv", "chdir"}
+# What a process is started with is its input; our own code is never patched.
+MONKEYPATCHES = {"setenv", "delenv", "chdir", "syspath_prepend"}
 # The one place that polls, with a deadline, for tests that wait for a condition.
 WAITING = "test_framework/waiting.py"
 SEGMENTS = {"Free", "Early", "Mid", "Enterprise", "Platform", "All"}
