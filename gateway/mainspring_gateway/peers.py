@@ -24,7 +24,7 @@ from mainspring_kit.identity import ServiceTokens, UserExecutionContext
 from mainspring_kit.streams import BatchPool, BidiCall, Outbox
 from mainspring_kit.tasks import background
 
-from mainspring_gateway.core.feeds import Order
+from mainspring_gateway.core.feeds import Order, combine
 
 # What grpc.aio raises besides RpcError when a call broke under a reader or writer.
 _BROKEN_CALL: Final = (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError)
@@ -161,13 +161,7 @@ class Peers:
 
 async def _send_orders(call: BidiCall, outbox: Outbox[Order]) -> None:
     while orders := await outbox.take():
-        request = state_pb2.FollowRequest()
-        for order in orders:
-            if isinstance(order, state_pb2.Subscribe):
-                request.subscribe.append(order)
-            else:
-                request.unsubscribe.append(order)
-        await call.write(request)
+        await call.write(combine(orders))
 
 
 async def _answer(peer: str, call: Awaitable[Answer]) -> Answer:

@@ -24,6 +24,18 @@ _PASSING_CODES: Final = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLIN
 Order = state_pb2.Subscribe | state_pb2.Unsubscribe
 
 
+def combine(orders: Iterable[Order]) -> state_pb2.FollowRequest:
+    """Orders as one frame. A frame has no order within, so a subscription that is ended in it is not made at all."""
+    subscribes: dict[int, state_pb2.Subscribe] = {}
+    unsubscribes = []
+    for order in orders:
+        if isinstance(order, state_pb2.Subscribe):
+            subscribes[order.subscription_id] = order
+        elif subscribes.pop(order.subscription_id, None) is None:
+            unsubscribes.append(order)
+    return state_pb2.FollowRequest(subscribe=subscribes.values(), unsubscribe=unsubscribes)
+
+
 class Watcher(Protocol):
     """Who sees events: a socket or an HTTP stream. It never waits."""
 
@@ -219,12 +231,12 @@ class Feeds:
             self._drop(feed)
 
     def deliver(self, deliveries: Iterable[state_pb2.Delivery]) -> None:
-        """Takes what state sent. What belongs to another tenant or user than the feed is dropped and counted."""
+        """Takes what state sent. Events of another tenant or user than the feed's are dropped and counted."""
         for delivery in deliveries:
             feed = self._feeds.get(delivery.run_id)
             if feed is None:
                 continue
-            if not _is_owner(feed, delivery):
+            if delivery.events and not _is_owner(feed, delivery):
                 self.foreign_count += 1
                 continue
             for event in delivery.events:

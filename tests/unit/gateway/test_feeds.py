@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mainspring.v1 import events_pb2, state_pb2
 from mainspring_gateway.core.events import EncodedEvent, encode
-from mainspring_gateway.core.feeds import Feeds, Follow, Order
+from mainspring_gateway.core.feeds import Feeds, Follow, Order, combine
 from mainspring_kit.errors import MainspringError, Reason, to_status
 
 pytestmark = pytest.mark.unit
@@ -292,7 +292,7 @@ def test_another_users_watcher_never_joins() -> None:
 def test_a_refused_subscription_ends_its_follows_with_the_error() -> None:
     stream = Stream()
     _, watcher = stream.follow(0)
-    refusal = delivery([], subscription_id=stream.subscribes[0].subscription_id)
+    refusal = state_pb2.Delivery(run_id="r", subscription_id=stream.subscribes[0].subscription_id)
     refusal.status.CopyFrom(to_status(MainspringError(Reason.RUN_NOT_FOUND, "no", run_id="r")))
     stream.deliver(refusal)
     assert [error.reason_name for error in watcher.ends if error is not None] == ["RUN_NOT_FOUND"]
@@ -329,6 +329,16 @@ def test_an_event_of_a_later_release_ends_the_follow() -> None:
     found.events.append(events_pb2.RunEvent(run_id="r", seq=1))
     stream.deliver(found)
     assert [error.reason_name for error in watcher.ends if error is not None] == ["INTERNAL"]
+
+
+def test_what_is_subscribed_and_ended_in_one_frame_is_not_sent() -> None:
+    stream = Stream()
+    kept, _ = stream.follow(0)
+    stream.feeds.leave(kept)
+    stream.follow(0)
+    request = combine([*stream.orders, state_pb2.Unsubscribe(subscription_id=0, run_id="started")])
+    assert [order.subscription_id for order in request.subscribe] == [stream.subscribes[-1].subscription_id]
+    assert [order.subscription_id for order in request.unsubscribe] == [0]
 
 
 @given(st.data())
