@@ -18,11 +18,12 @@ SERVICES = ("registry", "dispatcher", "execution", "state", "gateway")
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One Python file: its path from the root with slashes, its text and its syntax tree."""
+    """One Python file: its path from the root with slashes, its text, its syntax tree and all nodes of that."""
 
     path: str
     text: str
     tree: ast.Module
+    nodes: tuple[ast.AST, ...]
 
     @property
     def package(self) -> str:
@@ -47,8 +48,14 @@ class Module:
 
 
 def written(path: str, text: str) -> Module:
-    """A module that exists in a test only: what a rule is shown to prove that it bites."""
-    return Module(path, text, ast.parse(text))
+    """A module of this text; in tests one that exists nowhere else, shown to a rule to prove that it bites."""
+    tree = ast.parse(text)
+    return Module(path, text, tree, tuple(ast.walk(tree)))
+
+
+@cache
+def _read(path: str) -> Module:
+    return written(path, (ROOT / path).read_text())
 
 
 @cache
@@ -59,8 +66,7 @@ def modules(*folders: str) -> tuple[Module, ...]:
         for path in sorted((ROOT / folder).rglob("*.py")):
             relative = path.relative_to(ROOT).as_posix()
             if not relative.startswith(GENERATED):
-                text = path.read_text()
-                found.append(Module(relative, text, ast.parse(text)))
+                found.append(_read(relative))
     return tuple(found)
 
 
@@ -95,7 +101,7 @@ def text_files() -> dict[str, str]:
 
 def imports(module: Module) -> Iterator[tuple[ast.stmt, str]]:
     """Each name imported, dotted in full; a relative import keeps its dots in front."""
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node, alias.name

@@ -52,7 +52,7 @@ def undocumented_raises(found: Iterable[Module], reasons: Mapping[str, tuple[str
     """Errors raised with a reason that the contract lacks, or with metadata that its comment does not name."""
     offences = []
     for module in found:
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.Attribute) and called(node.value) == "Reason" and node.attr not in reasons:
                 offences.append(module.offence(node, f"errors.proto has no reason {node.attr}"))
             if not isinstance(node, ast.Call) or called(node) != "MainspringError" or not node.args:

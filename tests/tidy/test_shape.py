@@ -34,7 +34,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _functions(module: Module) -> list[Function]:
-    return [node for node in ast.walk(module.tree) if isinstance(node, Function)]
+    return [node for node in module.nodes if isinstance(node, Function)]
 
 
 def long_functions(found: Iterable[Module]) -> list[str]:
@@ -68,7 +68,7 @@ def prints(found: Iterable[Module]) -> list[str]:
     return [
         module.offence(node, "print: log a line instead")
         for module in found
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Call) and called(node) == "print"
     ]
 
@@ -81,7 +81,7 @@ def ownerless_tasks(found: Iterable[Module]) -> list[str]:
     return [
         module.offence(node, f"{name}: start it in a TaskGroup")
         for module in found
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Call) and banned.search(name := called(node))
     ]
 
@@ -91,7 +91,7 @@ def broad_catches(found: Iterable[Module]) -> list[str]:
     offences = []
     for module in found:
         may_catch_all = module.path in CATCH_ALL or module.room in CATCH_ALL_ROOMS
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if not isinstance(node, ast.ExceptHandler):
                 continue
             caught = _caught(node)
@@ -115,7 +115,7 @@ def banned_names(found: Iterable[Module]) -> list[str]:
     offences = []
     for module in found:
         names: list[tuple[ast.AST, str]] = [(module.tree, stem) for stem in module.path.removesuffix(".py").split("/")]
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, Function | ast.ClassDef):
                 names.append((node, node.name))
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -162,7 +162,7 @@ def loose_arguments(found: Iterable[Module]) -> list[str]:
 
 def inheritances(found: Iterable[Module]) -> list[str]:
     """Classes of ours that inherit from classes of ours; errors, protocols and settings may."""
-    classes = [(module, node) for module in found for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)]
+    classes = [(module, node) for module in found for node in module.nodes if isinstance(node, ast.ClassDef)]
     bases = {node.name: {called(base).rpartition(".")[2] for base in node.bases} for _, node in classes}
     may_be_inherited = {name for name in bases if name.endswith(("Error", "Settings")) or "Protocol" in bases[name]}
     return [
@@ -177,7 +177,7 @@ def open_dataclasses(found: Iterable[Module]) -> list[str]:
     return [
         module.offence(decorator, f"{node.name}: write @dataclass(slots=True), frozen where it is a value")
         for module in found
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.ClassDef)
         for decorator in node.decorator_list
         if called(decorator).rpartition(".")[2] == "dataclass" and "slots=True" not in ast.unparse(decorator)

@@ -30,7 +30,7 @@ def statements_in_code(found: Iterable[Module]) -> list[str]:
         module.offence(node, "SQL belongs in sql/queries.sql, with a name and its purpose")
         for module in found
         if module.path not in STATEMENTS_IN_CODE
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and STATEMENT.match(node.value)
     ]
 
@@ -42,7 +42,7 @@ def queries_out_of_step(package: str, queries: str, found: Iterable[Module]) -> 
     mentioned: set[str] = set()
     offences: list[str] = []
     for module in found:
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 mentioned.add(node.value)
             if not isinstance(node, ast.Subscript) or not isinstance(node.slice, ast.Constant):

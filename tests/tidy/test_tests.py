@@ -31,7 +31,7 @@ def doubles(found: Iterable[Module]) -> list[str]:
         for node, name in imports(module):
             if is_under(name, DOUBLES):
                 offences.append(module.offence(node, f"{name}: use the real thing"))
-        for call in ast.walk(module.tree):
+        for call in module.nodes:
             if isinstance(call, ast.Call) and called(call).startswith("monkeypatch."):
                 verb = called(call).rpartition(".")[2]
                 if verb not in MONKEYPATCHES:
@@ -44,7 +44,7 @@ def skips(found: Iterable[Module]) -> list[str]:
     return [
         module.offence(node, f"{name}: what is missing is a failure")
         for module in found
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Attribute | ast.Name)
         and (name := called(node)).startswith("pytest.")
         and name.rpartition(".")[2] in SKIPS
@@ -57,7 +57,7 @@ def sleeps(found: Iterable[Module]) -> list[str]:
         module.offence(node, "sleeps: wait on a condition with a deadline")
         for module in found
         if module.path != WAITING
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Call)
         and called(node) in ("time.sleep", "asyncio.sleep", "sleep")
         and not (node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == 0)
@@ -75,7 +75,7 @@ def path_tricks(found: Iterable[Module]) -> list[str]:
         )
         offences.extend(
             module.offence(node, "changes sys.path")
-            for node in ast.walk(module.tree)
+            for node in module.nodes
             if isinstance(node, ast.Attribute) and called(node) == "sys.path"
         )
     return offences
@@ -86,7 +86,7 @@ def fixtures_named_like_tests(found: Iterable[Module]) -> list[str]:
     return [
         module.offence(node, f"the fixture {node.name} is named like a test")
         for module in found
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.name.startswith("test_")
         and any(called(decorator).endswith("fixture") for decorator in node.decorator_list)
@@ -99,7 +99,7 @@ def other_bases(found: Iterable[Module]) -> list[str]:
         module.offence(node, f"{node.name} is defined once, in {BASE_FILE}")
         for module in found
         if module.path != BASE_FILE
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.ClassDef) and node.name == BASE
     ]
 
@@ -125,7 +125,7 @@ def shapeless_integration_tests(found: Iterable[Module]) -> list[str]:
     for module in found:
         if not re.search(r"tests/integration/test_\w+\.py$", module.path):
             continue
-        markers = {called(node) for node in ast.walk(module.tree) if isinstance(node, ast.Attribute)}
+        markers = {called(node) for node in module.nodes if isinstance(node, ast.Attribute)}
         for marker in ("pytest.mark.integration", "pytest.mark.real_services"):
             if marker not in markers:
                 offences.append(f"{module.path}: lacks {marker}")
