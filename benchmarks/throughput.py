@@ -1,6 +1,6 @@
 """W1: N sockets, each back to back, from `start` to `agent_completed` of the scripted look-up run.
 
-Two model steps, one pure tool, five events, all durable, all delivered. A run counts only if its log came whole.
+Two model steps, one pure tool, six events of five kinds, all durable, all delivered. A run counts only if its log came whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from benchmarks.harness import YARDSTICK_FALL_MAX, Cpu, Report, median, parser, 
 from benchmarks.sockets import RunLoop, Tally, connect
 
 AGENT = Path(__file__).resolve().parents[1] / "examples" / "lookup" / "agent.yaml"
-EVENTS_PER_RUN = 5
+# Started, thinking, executing, completed, thinking, completed: each model step is an event of its own.
+EVENTS_PER_RUN = 6
 WARM_UP_SECONDS = 2.0
 
 

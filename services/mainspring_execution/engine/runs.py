@@ -157,7 +157,11 @@ class Runs:
         state_id = self._around.state.appends.pick_instance(item.state_id) or item.state_id
         answer = await self._post(append, state_id)
         result = execution_pb2.StartResult(
-            item_id=item.item_id, run_id=answer.run_id, state=answer.state, repeated_key=answer.repeated_key
+            item_id=item.item_id,
+            run_id=answer.run_id,
+            state=answer.state,
+            repeated_key=answer.repeated_key,
+            followed=answer.followed,
         )
         if answer.status.code != code_pb2.OK:
             return await self._find_existing(item.item_id, context, refusal=from_status(answer.status)), None

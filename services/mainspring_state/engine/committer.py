@@ -16,7 +16,7 @@ from prometheus_client import Counter, Histogram
 
 from mainspring_state.core.append import Entry, check, refusal, refused_value, stale, stamp
 from mainspring_state.core.backlog import Backlog, halves
-from mainspring_state.engine.hub import Hub
+from mainspring_state.engine.hub import Creator, Hub
 from mainspring_state.store.log import Batch, LogWriter, Outcome, is_transient
 
 RECONNECT_SECONDS_MAX: Final = 1.0
@@ -152,7 +152,7 @@ class Committer:
             append = waiting.entry.append
             if outcome.is_ok:
                 APPENDS.labels("committed" if outcome.is_new else "repeated").inc()
-                waiting.answer(_success(append, outcome))
+                waiting.answer(_success(append, outcome, followed=self._creator(waiting.entry) is not None))
             else:
                 APPENDS.labels(outcome.reason).inc()
                 error = refusal(waiting.entry, outcome.reason, run_id=outcome.run_id, state=outcome.state)
@@ -165,6 +165,10 @@ class Committer:
         if deliveries:
             self._publish(deliveries)
 
+    def _creator(self, entry: Entry) -> Creator | None:
+        """The follower whose start made the run, if it is connected here."""
+        return self._hub.creators.get(entry.append.create.follower_id) if entry.is_create else None
+
     def _fail_successors(self, entry: Entry) -> None:
         for waiting in self._backlog.drop_successors(entry):
             APPENDS.labels("stale").inc()
@@ -173,7 +177,7 @@ class Committer:
     def _fan_out(self, entry: Entry, outcome: Outcome) -> state_pb2.Delivery | None:
         """To the watchers here; gives what the other state processes must hear."""
         append, key = entry.append, entry.run_key
-        creator = self._hub.creators.get(append.create.follower_id) if entry.is_create else None
+        creator = self._creator(entry)
         if not outcome.is_new:
             if outcome.reason == "repeated":
                 # Its events were stamped anew: only the log knows what was committed the first time.
@@ -193,7 +197,7 @@ class Committer:
         )
 
 
-def _success(append: state_pb2.Append, outcome: Outcome) -> state_pb2.AppendResult:
+def _success(append: state_pb2.Append, outcome: Outcome, *, followed: bool) -> state_pb2.AppendResult:
     is_create = append.HasField("create")
     return state_pb2.AppendResult(
         item_id=append.item_id,
@@ -202,6 +206,7 @@ def _success(append: state_pb2.Append, outcome: Outcome) -> state_pb2.AppendResu
         ordinal=outcome.ordinal if is_create else 0,
         last_seq=outcome.last_seq,
         repeated_key=outcome.reason == "key_repeated",
+        followed=followed and outcome.reason != "key_repeated",
     )
 
 
