@@ -75,7 +75,6 @@ def count(file: str, context: ToolContext, *, name: str = "diagnostics.count") -
         if lines and not lines[-1].endswith(b"\n"):
             # Whoever wrote it died within the write: it does not count.
             os.ftruncate(handle, sum(len(known) for known in lines[:-1]))
-            lines.pop()
         if line not in lines:
             os.write(handle, line)
             os.fsync(handle)

@@ -375,9 +375,16 @@ async def test_the_same_call_again_gets_the_outcome_of_the_execution_under_way()
 
 
 async def test_a_worker_that_stops_sends_no_outcome_for_what_it_cuts_off() -> None:
+    began = asyncio.Event()
+
+    @tool
+    async def work() -> None:
+        began.set()
+        await asyncio.Event().wait()
+
     sink = FakeSink()
-    async with running(wait_for_ever) as calls:
-        calls.start(call("wait_for_ever"), sink)
-        await wait_until(lambda: calls.in_flight)
+    async with running(work) as calls:
+        calls.start(call("work"), sink)
+        await asyncio.wait_for(began.wait(), 10)
         assert not calls.idle.is_set()
     assert sink.results == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +66,24 @@ def test_count_is_not_fooled_by_a_key_that_begins_like_another(tmp_path: Path) -
     assert path.read_text() == "drill c10\ndrill c1\n"
 
 
-def _count_many(path: str) -> None:
-    for number in range(50):
+def _count_many(path: str, together: Barrier) -> None:
+    together.wait(60)
+    for number in range(100):
         diagnostics.count(path, context(f"c{number}"))
 
 
 def test_count_counts_once_over_processes(tmp_path: Path) -> None:
     path = tmp_path / "effects"
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_count_many, args=(str(path),)) for _ in range(3)]
+    together = spawn.Barrier(3)
+    processes = [spawn.Process(target=_count_many, args=(str(path), together)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
     lines = path.read_text().splitlines()
-    assert sorted(lines) == sorted(f"diagnostics.count c{number}" for number in range(50))
+    assert sorted(lines) == sorted(f"diagnostics.count c{number}" for number in range(100))
 
 
 @pytest.mark.parametrize(
