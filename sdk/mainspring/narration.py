@@ -52,14 +52,18 @@ def _executing(data: Data) -> str:
 
 
 def _executed(data: Data) -> str:
-    took = f"{data.get('duration_ms', 0):.0f} ms" + (", cached" if data.get("cached") else "")
+    took = _duration(data.get("duration_ms", 0)) + (", cached" if data.get("cached") else "")
     if data.get("error"):
         return f"{data['tool']} {data.get('status', 'error')} after {took}: {error_text(data['error'])}"
     return f"{data['tool']} {data.get('status', 'ok')} in {took} → {short(data.get('result'))}"
 
 
 def _completed(data: Data) -> str:
-    return f"in {data.get('duration_ms', 0) / 1000:.2f} s"
+    return f"in {_duration(data.get('duration_ms', 0))}"
+
+
+def _duration(milliseconds: float) -> str:
+    return f"{milliseconds:.0f} ms" if milliseconds < 1_000 else f"{milliseconds / 1_000:.1f} s"
 
 
 def _failed(data: Data) -> str:

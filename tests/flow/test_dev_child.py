@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from mainspring.embedded.launch import Launch, StartError
 
 from test_framework.waiting import wait_until
-from tests.flow.supervising import Record, lives, supervised
+from tests.flow.supervising import Record, supervised
 
 SERVES = ("/bin/sh", "-c", "echo up; exec sleep 60")
 
@@ -27,9 +26,8 @@ def launch(
     argv: tuple[str, ...] = SERVES,
     *,
     ready: Callable[[int], Awaitable[None]] = at_once,
-    guarded: bool = False,
 ) -> Launch:
-    return Launch(name="thing", argv=argv, log=tmp_path / "thing.log", ready=ready, guarded=guarded)
+    return Launch(name="thing", argv=argv, log=tmp_path / "thing.log", ready=ready)
 
 
 async def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
@@ -99,41 +97,3 @@ async def test_a_process_that_ignores_its_stop_is_killed(tmp_path: Path) -> None
         assert process is not None
         await child.stop(seconds=0.2)
         assert process.returncode == -signal.SIGKILL
-
-
-SUPERVISOR = """
-import asyncio, sys
-from pathlib import Path
-from mainspring.dev.child import Child
-from mainspring.dev.start import parent_pipe
-from mainspring.embedded.launch import Launch
-
-class Owner:
-    def started(self, child): pass
-    def serving(self, child, *, seconds): print(child.pid, flush=True)
-    def ended(self, child, *, returncode, restart_seconds): pass
-
-async def at_once(pid): pass
-
-async def main():
-    with parent_pipe() as fd:
-        what = Launch(name="thing", argv=("/bin/sleep", "60"), log=Path(sys.argv[1]), ready=at_once, guarded=True)
-        await Child(what, parent_fd=fd, owner=Owner()).supervise()
-
-asyncio.run(main())
-"""
-
-
-async def test_a_foreign_server_ends_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
-    supervisor = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SUPERVISOR, str(tmp_path / "thing.log"), stdout=asyncio.subprocess.PIPE
-    )
-    assert supervisor.stdout is not None
-    pid = int(await asyncio.wait_for(supervisor.stdout.readline(), 10))
-    family = psutil.Process(supervisor.pid)
-    await wait_until(lambda: len(family.children()) == 2, what="the process and its guard")
-    processes = [process.pid for process in family.children()]
-    assert pid in processes
-    supervisor.kill()
-    await supervisor.wait()
-    await wait_until(lambda: not any(map(lives, processes)), 5, what="an end of both")

@@ -15,6 +15,7 @@ from rich.text import Text
 from mainspring.client import Event
 from mainspring.narration import describe, event_time
 
+_WIDTH_WITHOUT_TERMINAL: Final = 200
 _STYLES: Final = {
     "agent_started": "cyan",
     "agent_thinking": "",
@@ -39,10 +40,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty:
     """A table for people, or a word where there is nothing to show."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        # Only the last column, prose, is folded: a name or an id must be there to copy.
+        table.add_column(column, overflow="fold", no_wrap=column is not columns[-1])
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table if table.rows else empty)
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH_WITHOUT_TERMINAL)
+    console.print(table if table.rows else empty)
 
 
 class EventPrinter:

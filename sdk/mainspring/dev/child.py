@@ -19,17 +19,6 @@ STOP_SECONDS_MAX: Final = 10.0
 
 _RESTART_SECONDS_FIRST: Final = 0.5
 _LOG_TAIL_BYTES: Final = 4_000
-# Waits for the end of the pipe whose other end only the supervisor holds, so it learns of any death, also by SIGKILL.
-_GUARD: Final = """
-read -r _
-kill -"$1" "$3" || exit 0
-tries=0
-while kill -0 "$3" 2>/dev/null; do
-  tries=$((tries + 1))
-  [ $tries -gt 40 ] && { kill -"$2" "$3"; exit 0; }
-  sleep 0.1
-done
-"""
 
 
 class Owner(Protocol):
@@ -57,8 +46,6 @@ class Child:
         self._wanted = asyncio.Event()
         self._wanted.set()
         self._spawning = asyncio.Lock()
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._has_served = False
 
     @property
@@ -107,12 +94,8 @@ class Child:
         self.serving.clear()
         async with self._spawning:
             process = self.process
-        if process is not None:
-            await self._end(process, seconds)
-        # Its guard has ended too, so whoever cancels the supervision now cuts nothing short.
-        await self._idle.wait()
-
-    async def _end(self, process: asyncio.subprocess.Process, seconds: float) -> None:
+        if process is None:
+            return
         for number in (self.launch.stop_signal, self.launch.hard_stop_signal, signal.SIGKILL):
             if process.returncode is not None:
                 return
@@ -127,23 +110,19 @@ class Child:
                 return 0
             self.launch.before()
             process = self.process = await self._spawn()
-            self._idle.clear()
         self._owner.started(self)
         try:
             async with asyncio.TaskGroup() as tasks:
                 announcement = tasks.create_task(self._announce(process, started))
-                guard = tasks.create_task(self._guard(process)) if self.launch.guarded else announcement
                 returncode = await process.wait()
                 announcement.cancel()
-                guard.cancel()
         finally:
             self.serving.clear()
-            self._idle.set()
         return returncode
 
     async def _spawn(self) -> asyncio.subprocess.Process:
-        guarded = self.launch.guarded
-        inherited = {} if guarded else {"MAINSPRING_PARENT_FD": str(self._parent_fd)}
+        is_ours = self.launch.watches_parent
+        inherited = {"MAINSPRING_PARENT_FD": str(self._parent_fd)} if is_ours else {}
         with self.launch.log.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal reaches only the supervisor, which stops all in order.
             return await asyncio.create_subprocess_exec(
@@ -152,7 +131,7 @@ class Child:
                 stdout=log,
                 stderr=log,
                 env={**self.launch.env, **inherited},
-                pass_fds=() if guarded else (self._parent_fd,),
+                pass_fds=(self._parent_fd,) if is_ours else (),
                 start_new_session=True,
             )
 
@@ -167,28 +146,6 @@ class Child:
         self._has_served = True
         self.serving.set()
         self._owner.serving(self, seconds=time.monotonic() - started)
-
-    async def _guard(self, process: asyncio.subprocess.Process) -> None:
-        launch = self.launch
-        guard = await asyncio.create_subprocess_exec(
-            "/bin/sh",
-            "-c",
-            _GUARD,
-            "guard",
-            launch.stop_signal.name.removeprefix("SIG"),
-            launch.hard_stop_signal.name.removeprefix("SIG"),
-            str(process.pid),
-            stdin=self._parent_fd,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            await guard.wait()
-        finally:
-            if guard.returncode is None:
-                guard.kill()
-                await guard.wait()
 
     def _last_words(self) -> str:
         return f"Its log {self.launch.log} ends with:\n{tail(self.launch.log)}"

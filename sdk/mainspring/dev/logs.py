@@ -22,6 +22,8 @@ _READ_BYTES_MAX: Final = 1 << 20
 _OF_THE_PROCESS: Final = frozenset({"event", "level", "timestamp", "service", "instance"})
 # What a foreign server's line is taken for when it holds the word.
 _FOREIGN: Final = (
+    (" FATAL:  the database system is ", "info"),
+    (" FATAL:  terminating connection ", "info"),
     (" LOG:  ", "info"),
     (" ERROR:  ", "error"),
     (" FATAL:  ", "error"),

@@ -29,7 +29,7 @@ TOKEN_SECONDS: Final = 7 * 24 * 3600
 REPLICAS_MAX: Final = 16
 
 # Within the 5 s that a stack may outlive its supervisor.
-_DRAIN_SECONDS: Final = 3
+_DRAIN_SECONDS: Final = 2
 _SERVICE_TOKEN_SECONDS: Final = 365 * 24 * 3600
 # Of one process each: inherited, they would be all processes'.
 _NOT_INHERITED: Final = ("MAINSPRING_METRICS_LISTEN", "MAINSPRING_INSTANCE_ID", "MAINSPRING_TOKEN", "MAINSPRING_URL")
@@ -106,6 +106,7 @@ def service_launches(plan: Plan, folder: Folder) -> list[Launch]:
                 env={**_service_env(plan, name), "MAINSPRING_LISTEN": address},
                 log=folder.log(name if len(addresses) == 1 else f"{name}.{index}"),
                 ready=ready,
+                watches_parent=True,
                 index=index,
                 replicas=len(addresses),
             )
@@ -136,6 +137,7 @@ def worker_launch(plan: Plan, folder: Folder) -> Launch:
         env=_worker_env(plan),
         log=folder.log("worker"),
         ready=partial(file_names_pid, ready_file),
+        watches_parent=True,
     )
 
 

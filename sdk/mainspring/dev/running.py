@@ -14,6 +14,7 @@ import psutil
 from mainspring.dev import plan as plans
 from mainspring.dev.child import Child
 from mainspring.dev.folder import Folder, write_whole
+from mainspring.dev.guard import Guard
 from mainspring.dev.plan import Plan
 from mainspring.dev.witness import Witness
 from mainspring.embedded.launch import Launch
@@ -25,9 +26,12 @@ WAIT_SECONDS: Final = 60.0
 class Stack:
     """A running stack: where everything is, and how to trouble it."""
 
-    def __init__(self, plan: Plan, folder: Folder, *, ready_files: Sequence[Path], witness: Witness) -> None:
+    def __init__(
+        self, plan: Plan, folder: Folder, *, guard: Guard, ready_files: Sequence[Path], witness: Witness
+    ) -> None:
         self.plan = plan
         self.folder = folder
+        self._guard = guard
         self._ready_files = ready_files
         self._witness = witness
         self._children: list[Child] = []
@@ -135,6 +139,7 @@ class Stack:
 
     def started(self, child: Child) -> None:
         """A process has a new pid."""
+        self._guard.watch(self._children)
         self._note_pids()
         self._write_ready()
 
@@ -145,6 +150,7 @@ class Stack:
 
     def ended(self, child: Child, *, returncode: int, restart_seconds: float) -> None:
         """A process died."""
+        self._guard.watch(self._children)
         self._witness.ended(child, returncode=returncode, restart_seconds=restart_seconds)
 
     async def bring_up(self, launches: Iterable[Launch], *, tasks: asyncio.TaskGroup, parent_fd: int) -> None:
@@ -170,6 +176,7 @@ class Stack:
                 for child in self._children:
                     if child.launch.name == name:
                         tasks.create_task(child.stop())
+        self._guard.watch(())
         for supervisor in self._supervisors:
             supervisor.cancel()
 

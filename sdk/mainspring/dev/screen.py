@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
@@ -26,7 +27,9 @@ _COLOURS: Final = {
     "redis": "bright_red",
 }
 _LEVEL_STYLES: Final = {"warning": "yellow", "error": "bold red", "critical": "bold red"}
-_WIDTH: Final = 52
+_WIDTH: Final = 60
+_SAME_SECONDS: Final = 10.0
+_SHOWN_MAX: Final = 1_000
 
 
 class Screen:
@@ -38,6 +41,7 @@ class Screen:
         self._status: Status | None = None
         self._is_up = False
         self._is_stopping = False
+        self._shown: dict[tuple[str, str], float] = {}
 
     def starting(self, data_dir: Path) -> None:
         """The first line."""
@@ -73,11 +77,11 @@ class Screen:
         console.print(Text(f"Ready in {seconds:.1f} s.", style="bold green"))
         console.print()
         console.print(Text.assemble("  Console   ", (f"{stack.gateway}/", "bold cyan")))
-        console.print("  Token     a development key: user developer, admin of the tenant dev, good for 7 days")
+        console.print("  Token     a development key: user developer, admin of the tenant dev, for 7 days")
         console.print(Text(stack.token), soft_wrap=True)
         console.print()
-        console.print(Text("  In another terminal here: mainspring agents list · mainspring run AGENT --input '{}'"))
-        console.print(Text(f"  Logs of info and below: {stack.folder.logs}. Ctrl-C stops everything.", style="dim"))
+        console.print(Text("  In another terminal here: mainspring tools list, mainspring apply -f FILE"))
+        console.print(Text(f"  Logs are in {stack.folder.logs}. Ctrl-C stops everything.", style="dim"), soft_wrap=True)
         console.print()
 
     def stopping(self) -> None:
@@ -85,13 +89,23 @@ class Screen:
         self._is_stopping = True
         if self._status is not None:
             self._status.stop()
-        self._console.print("Stopping: worker, gateway, execution, dispatcher, registry, state, Valkey, PostgreSQL.")
+        self._console.print("Stopping everything, in order; the data stays.")
 
     async def show(self, lines: AsyncIterator[LogLine]) -> None:
         """Prints what reaches the level, one process's prefix beside another's."""
         async for line in lines:
-            if line.reaches(self._least_level) and not self._is_stopping:
+            if line.reaches(self._least_level) and not self._is_stopping and self._is_news(line):
                 self._console.print(render(line), soft_wrap=True)
+
+    def _is_news(self, line: LogLine) -> bool:
+        """Whether the same was not just said: a process that waits for another says so many times a second."""
+        now, key = time.monotonic(), (line.label, line.text)
+        if now - self._shown.get(key, -_SAME_SECONDS) < _SAME_SECONDS:
+            return False
+        if len(self._shown) > _SHOWN_MAX:
+            self._shown.clear()
+        self._shown[key] = now
+        return True
 
     def _say(self, label: str, text: str, *, style: str = "") -> None:
         self._console.print(Text.assemble(_prefix(label), (text, style)), soft_wrap=True)
@@ -109,7 +123,8 @@ def render(line: LogLine) -> Text:
         text.append(f" {name}=", style="dim")
         text.append(value)
     if line.detail:
-        text.append(f"\n{line.detail}", style="dim")
+        # A traceback's last line says what; the log file has it whole.
+        text.append(f" {line.detail.splitlines()[-1]}", style="dim")
     return text
 
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +18,7 @@ import psutil
 from mainspring.dev import plan as plans
 from mainspring.dev.child import tail
 from mainspring.dev.folder import Folder
+from mainspring.dev.guard import guarding
 from mainspring.dev.logs import trim
 from mainspring.dev.plan import Plan
 from mainspring.dev.probe import require_free
@@ -52,7 +53,7 @@ async def stack(
     files; `extra_env` goes to every process but the two servers.
     Without URLs it brings its own PostgreSQL and Valkey. StartError says why it can't start.
     """
-    with ExitStack() as held:
+    async with AsyncExitStack() as held:
         folder = Folder(data_dir or Path(held.enter_context(_temporary())))
         addresses = plans.choose_addresses(port, replicas or {})
         held.enter_context(folder.lock(f"http://{addresses['gateway'][0]}"))
@@ -69,7 +70,8 @@ async def stack(
             extra_env={"MAINSPRING_LOG_LEVEL": log_level, **(extra_env or {})},
         )
         ready_files = [folder.ready_file, *([ready_file] if ready_file else [])]
-        running = Stack(plan, folder, ready_files=ready_files, witness=witness or Silent())
+        guard = await held.enter_async_context(guarding())
+        running = Stack(plan, folder, guard=guard, ready_files=ready_files, witness=witness or Silent())
         start = _Start(running, witness or Silent(), parent_fd=held.enter_context(parent_pipe()))
         try:
             async with asyncio.TaskGroup() as tasks:

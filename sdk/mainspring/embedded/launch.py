@@ -29,10 +29,11 @@ class Launch:
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     index: int = 0
     replicas: int = 1
+    # It stops by itself when the pipe MAINSPRING_PARENT_FD ends.
+    watches_parent: bool = False
     before: Callable[[], None] = _nothing
     stop_signal: signal.Signals = signal.SIGTERM
-    # A foreign server can't watch its parent's pipe: a guard does that for it and sends these, 4 s apart.
-    guarded: bool = False
+    # What still ends it when the stop signal does not.
     hard_stop_signal: signal.Signals = signal.SIGKILL
 
     @property

@@ -57,7 +57,6 @@ def launch(data: Path, socket_folder: Path, *, log: Path) -> Launch:
         before=functools.partial(_clear, data, socket_folder),
         ready=functools.partial(_ready, data),
         stop_signal=signal.SIGINT,
-        guarded=True,
         hard_stop_signal=signal.SIGQUIT,
     )
 

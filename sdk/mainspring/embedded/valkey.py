@@ -38,7 +38,6 @@ def launch(folder: Path, socket: Path, *, log: Path) -> Launch:
         argv=(str(_program()), "--dir", str(folder), "--unixsocket", str(socket), *options),
         log=log,
         ready=functools.partial(_ready, socket),
-        guarded=True,
     )
 
 

@@ -22,7 +22,7 @@ def test_a_json_line_is_read_as_its_process_meant_it() -> None:
     )
     assert (line.level, line.text, line.fields, line.detail) == ("warning", "lease_lost", {"run_id": "r1"}, "Traceback")
     assert render(line).plain.startswith("state.1      ")
-    assert render(line).plain.endswith("warning lease_lost run_id=r1\nTraceback")
+    assert render(line).plain.endswith("warning lease_lost run_id=r1 Traceback")
 
 
 @pytest.mark.parametrize(

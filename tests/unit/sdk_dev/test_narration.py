@@ -39,7 +39,7 @@ def event(kind: str, data: dict[str, Any]) -> Event:  # Any: an event's data
             },
             "t.x error after 3 ms: NOT_FOUND / NO: m",
         ),
-        ("agent_completed", {"duration_ms": 1234.5}, "in 1.23 s"),
+        ("agent_completed", {"duration_ms": 1234.5}, "in 1.2 s"),
         ("agent_failed", {"error": {"code": "UNKNOWN", "reason": "X", "message": "m"}}, "UNKNOWN / X: m"),
         ("agent_cancelled", {"requested_by": "ann", "reason": "enough"}, "by ann: enough"),
         ("run_recovered", {"executor": "e2", "attempt": 2}, "taken over by e2, attempt 2"),
