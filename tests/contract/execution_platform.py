@@ -117,7 +117,8 @@ class Caller:
     async def start(self, agent: str, value: Any = None, **fields: Any) -> execution_pb2.StartRunResponse:
         """Starts a run; Any: a JSON value, and fields of StartRunRequest."""
         request = execution_pb2.StartRunRequest(agent=agent, input=orjson.dumps({"value": value}), **fields)
-        return await self.execution.StartRun(request, **self.options())
+        response: execution_pb2.StartRunResponse = await self.execution.StartRun(request, **self.options())
+        return response
 
     async def run(self, agent: str, value: Any = None, **fields: Any) -> types_pb2.Run:
         """Starts a run and waits for its end."""
@@ -128,7 +129,7 @@ class Caller:
         """The run when it has ended."""
         request = state_pb2.WaitRunRequest(run_id=run_id)
         request.timeout.FromSeconds(CALL_SECONDS - 5)
-        run = (await self.state.WaitRun(request, **self.options())).run
+        run: types_pb2.Run = (await self.state.WaitRun(request, **self.options())).run
         assert run.HasField("end_time"), f"run {run_id} has not ended: it is {types_pb2.RunState.Name(run.state)}"
         return run
 

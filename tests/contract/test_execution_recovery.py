@@ -95,7 +95,7 @@ async def test_a_lost_pure_call_is_made_again_under_its_id(ann: Caller, settings
         "agent_thinking",
         "agent_completed",
     ]
-    assert (events[3].run_recovered.attempt, events[3].run_recovered.lost_calls) == (1, [f"{run_id}.2.0"])
+    assert (events[3].run_recovered.attempt, list(events[3].run_recovered.lost_calls)) == (1, [f"{run_id}.2.0"])
     assert events[4].tool_completed.call_id == f"{run_id}.2.0"
     assert (run.epoch, [event.agent_thinking.step for event in (events[1], events[5])]) == (2, [1, 2])
     assert sum(stage.duration_ms for stage in run.stages) >= 500

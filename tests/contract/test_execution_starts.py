@@ -110,14 +110,14 @@ async def test_wait_ends_before_the_run_does(ann: Caller) -> None:
 
 async def test_an_unknown_agent_version_or_foreign_tenant_is_not_found(ann: Caller) -> None:
     stranger = Caller(unique("tenant"), ann.user_id, ann.identities, ann.channel)
-    for caller, fields, reason in (
-        (ann, {"agent": "nobody"}, "AGENT_NOT_FOUND"),
-        (stranger, {"agent": "echo"}, "AGENT_NOT_FOUND"),
-        (ann, {"agent": "echo", "version": "99"}, "VERSION_NOT_FOUND"),
-        (ann, {"agent": "echo", "alias": "canary"}, "VERSION_NOT_FOUND"),
+    for caller, request, reason in (
+        (ann, pb.StartRunRequest(agent="nobody"), "AGENT_NOT_FOUND"),
+        (stranger, pb.StartRunRequest(agent="echo"), "AGENT_NOT_FOUND"),
+        (ann, pb.StartRunRequest(agent="echo", version="99"), "VERSION_NOT_FOUND"),
+        (ann, pb.StartRunRequest(agent="echo", alias="canary"), "VERSION_NOT_FOUND"),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await caller.execution.StartRun(pb.StartRunRequest(**fields), **caller.options())
+            await caller.execution.StartRun(request, **caller.options())
         assert error_of(raised.value)[:2] == (grpc.StatusCode.NOT_FOUND, reason)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 from mainspring.v1 import state_pb2
@@ -28,7 +30,12 @@ async def test_a_wait_ends_with_any_of_its_futures() -> None:
 
 @pytest.mark.parametrize("interrupt", ["cancel", "expire", "abandon", "alarm"])
 async def test_an_interrupt_ends_a_wait_and_a_thought(interrupt: str) -> None:
-    for waiting in (lambda a: a.wait(), lambda a: a.listen(forever()), lambda a: a.pause(60)):
+    waits: list[Callable[[Attention], Coroutine[Any, Any, Any]]] = [  # Any: each waits for something else
+        lambda attention: attention.wait(),
+        lambda attention: attention.listen(forever()),
+        lambda attention: attention.pause(60),
+    ]
+    for waiting in waits:
         attention = Attention()
         arguments = [state_pb2.RunInput(request_id="r")] if interrupt == "cancel" else []
         asyncio.get_running_loop().call_soon(getattr(attention, interrupt), *arguments)
