@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 
 import mainspring.dev
 import redis.asyncio
+from mainspring.dev.child import Child
+from mainspring.dev.witness import Silent
 
 from test_framework.identities import Identities
 from test_framework.loop_thread import LoopThread
@@ -19,6 +22,9 @@ from test_framework.waiting import wait_until
 ROOT = Path(__file__).parents[1]
 WORKER_MODULES = ("test_framework.tools",)
 PROCESSES = ("registry", "dispatcher", "execution", "state", "gateway")
+
+_LOG_TAIL_CHARACTERS = 600
+_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -99,6 +105,20 @@ class Stack:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop.loop))
 
 
+class _Deaths(Silent):
+    """Logs each process that died, so that a failing test shows it, whether it was killed or fell over by itself."""
+
+    def ended(self, child: Child, *, returncode: int, restart_seconds: float) -> None:
+        log = child.launch.log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL_CHARACTERS:]
+        _logger.warning(
+            "%s ended with %s and starts again in %s s; its log ends with:\n%s",
+            child.launch.label,
+            returncode,
+            restart_seconds,
+            log,
+        )
+
+
 @contextmanager
 def running_stack(
     *,
@@ -117,6 +137,7 @@ def running_stack(
             database_url=database_url,
             redis_url=redis_url,
             replicas=replicas,
+            witness=_Deaths(),
             # The worker finds the tests' tools as pytest does.
             extra_env={"PYTHONPATH": str(ROOT), **(extra_env or {})},
         )

@@ -115,6 +115,9 @@ class StreamClient:
 
     async def _receive(self, what: str) -> Frame:
         message = await self._socket.receive()
+        if message.type is aiohttp.WSMsgType.CLOSE:
+            # What the gateway said; the library's own close_code is 1006 when the answer can't be sent any more.
+            raise SocketClosedError(message.data, what)
         if message.type is not aiohttp.WSMsgType.TEXT:
             raise SocketClosedError(self._socket.close_code, what)
         frame: Frame = json.loads(message.data)
