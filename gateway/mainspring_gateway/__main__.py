@@ -14,6 +14,7 @@ from mainspring_kit import server, telemetry
 from mainspring_kit.config import SettingsError, split_address
 from mainspring_kit.identity import ServiceTokens, TokenVerifier
 
+from mainspring_gateway import metrics
 from mainspring_gateway.app import make_app
 from mainspring_gateway.config import GatewaySettings
 from mainspring_gateway.connections import Connections
@@ -40,6 +41,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> None:
     ) as peers:
         engine = Engine(settings, peers)
         connections = Connections(settings)
+        metrics.observe(connections, engine.feeds)
         gateway = Gateway(settings, verifier, peers, engine, connections, Flusher())
         async with engine.running(connections.beat), _serving(gateway, listener):
             await stop.wait()

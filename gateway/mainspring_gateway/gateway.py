@@ -34,6 +34,8 @@ class Gateway:
 
 
 GATEWAY: Final = web.AppKey("gateway", Gateway)
+# A request's key of its answer once that has begun: no other can be given any more.
+BEGUN: Final = "mainspring_begun"
 
 
 def draining() -> MainspringError:

@@ -13,7 +13,7 @@ from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import new_id
 
 from mainspring_gateway.core.problems import CONTENT_TYPE, problem
-from mainspring_gateway.socket import SOCKET
+from mainspring_gateway.gateway import BEGUN
 
 # The request's key of its id.
 REQUEST_ID: Final = "mainspring_request_id"
@@ -46,22 +46,24 @@ async def intercept(request: web.Request, handler: Handler) -> web.StreamRespons
             response.headers["Allow"] = error.headers["Allow"]
     except Exception as error:  # the interceptor: what nobody foresaw is logged and answered as INTERNAL
         telemetry.logger().error("request_failed", request_id=request_id, exc_info=error)
-        if SOCKET in request:
-            await request[SOCKET].close(code=_CLOSE_INTERNAL, message=b"INTERNAL", drain=False)
-            response = request[SOCKET]
-        else:
-            response = _problem(_fault(request_id), request_id)
-    if SOCKET in request:
-        return response  # It has logged its own opening and end.
+        response = request[BEGUN] if BEGUN in request else _problem(_fault(request_id), request_id)
+    if isinstance(response, web.WebSocketResponse):
+        # It has logged its opening and end; still open here, it was ended by a fault.
+        await response.close(code=_CLOSE_INTERNAL, message=b"INTERNAL", drain=False)
+        return response
     resource = request.match_info.route.resource
     route = resource.canonical if resource is not None else ""
+    seconds = time.monotonic() - begin
+    label = f"{request.method} {route}" if route else "unknown"
+    telemetry.RPC_COUNT.labels(label, str(response.status)).inc()
+    telemetry.RPC_SECONDS.labels(label).observe(seconds)
     telemetry.logger().log(
         logging.DEBUG if route in _PROBES else logging.INFO,
         "request_served",
         method=request.method,
         route=route,
         status=response.status,
-        duration_ms=round((time.monotonic() - begin) * 1e3, 3),
+        duration_ms=round(seconds * 1e3, 3),
         request_id=request_id,
     )
     return response

@@ -11,16 +11,14 @@ from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import Principal, new_id
 
-from mainspring_gateway import access
+from mainspring_gateway import access, metrics
 from mainspring_gateway.conversation import Conversation
 from mainspring_gateway.core import commands
 from mainspring_gateway.core.frames import PING_FRAME, FrameId, error_frame, pong_frame, reply
-from mainspring_gateway.gateway import GATEWAY, Gateway, slow_consumer, token_expired
+from mainspring_gateway.gateway import BEGUN, GATEWAY, Gateway, slow_consumer, token_expired
 from mainspring_gateway.outgoing import Outgoing
 
 SUBPROTOCOL: Final = "mainspring.v1.json"
-# The request's key of its WebSocket once it is one: nobody may answer it in HTTP any more.
-SOCKET: Final = "mainspring_socket"
 
 _CLOSE_INTERNAL: Final = 1011
 _CLOSE_UNAUTHENTICATED: Final = 4401
@@ -44,6 +42,7 @@ async def stream(request: web.Request) -> web.WebSocketResponse:
         max_msg_size=gateway.settings.frame_bytes_max + 1,
     )
     writer = await ws.prepare(request)
+    request[BEGUN] = ws
     if writer is not None and request.transport is not None:
         socket = Socket(request, ws, gateway=gateway)
         outgoing = Outgoing(
@@ -54,7 +53,6 @@ async def stream(request: web.Request) -> web.WebSocketResponse:
             frames_max=gateway.settings.queue_frames_max,
             on_slow=lambda: socket.shut(slow_consumer(gateway.settings.queue_bytes_max)),
         )
-        request[SOCKET] = ws
         transport = request.transport
         await socket.serve(outgoing)
         # A graceful end alone would keep for ever what the client does not read.
@@ -225,6 +223,8 @@ class Socket:
         """Tells the client why, then closes; a client that went first is only logged."""
         code, reason = self._ws.close_code or 0, ""
         if self._end is not None:
+            if self._end.rule is Reason.SLOW_CONSUMER:
+                metrics.SLOW_CONSUMERS.inc()
             other_code = _CLOSE_UNAUTHENTICATED if self._conversation is None else _CLOSE_INTERNAL
             code, reason = self._end.close_code or other_code, self._end.reason_name
             outgoing.stop(error_frame(None, self._end))

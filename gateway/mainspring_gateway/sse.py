@@ -8,13 +8,14 @@ from typing import Final
 
 from aiohttp import ClientConnectionResetError, hdrs, web
 from mainspring_kit import telemetry
-from mainspring_kit.errors import MainspringError
+from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import Principal, UserExecutionContext
 
+from mainspring_gateway import metrics
 from mainspring_gateway.core import queries
 from mainspring_gateway.core.events import EncodedEvent, sse_block
 from mainspring_gateway.core.feeds import Follow
-from mainspring_gateway.gateway import Gateway, slow_consumer, token_expired
+from mainspring_gateway.gateway import BEGUN, Gateway, slow_consumer, token_expired
 
 MEDIA_TYPE: Final = "text/event-stream"
 
@@ -42,6 +43,10 @@ async def stream_events(
         if follow.has_ended and not stream.response.prepared:
             return web.Response(status=204)
         await stream.live()
+    except MainspringError as error:
+        if not stream.response.prepared:
+            raise
+        stream.shut(error)
     except ClientConnectionResetError:
         telemetry.logger().debug("event_stream_lost", run_id=context.run_id)
     finally:
@@ -87,6 +92,8 @@ class EventStream:
 
     def shut(self, error: MainspringError) -> None:
         """Ends the stream; SSE has no words for why, so the log has them."""
+        if error.rule is Reason.SLOW_CONSUMER:
+            metrics.SLOW_CONSUMERS.inc()
         telemetry.logger().info("event_stream_shut", reason=error.reason_name)
         self._is_over = True
         self._changed.set()
@@ -119,4 +126,5 @@ class EventStream:
     async def _open(self) -> None:
         if not self.response.prepared:
             await self.response.prepare(self._request)
+            self._request[BEGUN] = self.response
             await self.response.write(b"retry: %d\n\n" % _RETRY_MS)
