@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
@@ -139,7 +140,7 @@ def running_stack(
             replicas=replicas,
             witness=_Deaths(),
             # The worker finds the tests' tools as pytest does.
-            extra_env={"PYTHONPATH": str(ROOT), **(extra_env or {})},
+            extra_env={"PYTHONPATH": _python_path(), **(extra_env or {})},
         )
 
     try:
@@ -147,3 +148,7 @@ def running_stack(
             yield Stack(running, loop, private=private)
     finally:
         loop.close()
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

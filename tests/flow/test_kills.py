@@ -81,6 +81,25 @@ async def test_a_run_ends_and_replays_while_redis_is_away(user: User, gate: Gate
     assert await replay(user, run_id) == live
 
 
+async def test_a_run_ends_after_postgresql_was_killed(user: User, gate: Gate) -> None:
+    await user.register(gated_agent())
+    async with user.stream() as socket:
+        run_id = await socket.start("gated", {"gate": gate.path, "value": 1})
+        await gate.wait_for(1)
+        before = {name: pids for name, pids in user.stack.pids.items() if name != "postgres"}
+
+        await user.stack.kill("postgres")
+        gate.open()
+        live = await socket.ended(run_id, END_SECONDS)
+
+    check_log(live)
+    assert types(live)[-1] == "agent_completed"
+    await user.stack.wait_ready()
+    assert await replay(user, run_id) == live
+    # Nobody else died of it.
+    assert {name: pids for name, pids in user.stack.pids.items() if name != "postgres"} == before
+
+
 async def test_runs_in_mid_tool_outlive_their_executor(healthy_stack: Stack, gate: Gate) -> None:
     tenant_id = unique("tenant")
     users = [User(healthy_stack, make_context(tenant_id)) for _ in range(RUNS_IN_MID_TOOL)]
