@@ -152,6 +152,14 @@ async def test_the_roles_own_no_table_and_cannot_bypass_row_security(role: Any) 
     }
 
 
+async def test_a_change_is_hinted_with_its_commit(role: Any, aio_stub: Any, identities: Identities) -> None:
+    hints: asyncio.Queue[str] = asyncio.Queue()
+    await role.add_listener("registry_catalog", lambda *hint: hints.put_nowait(hint[-1]))
+    await register_tool(aio_stub, identities.metadata(unique("tenant"), "ann", "operator"), tool("t"))
+    hint = await asyncio.wait_for(hints.get(), TIMEOUT)
+    assert int(hint) == await role.fetchval("SELECT revision FROM registry.clock")
+
+
 @pytest.mark.parametrize("wanted", [0, -1, 257])
 async def test_revisions_are_taken_in_bounds_only(role: Any, wanted: int) -> None:
     with pytest.raises(asyncpg.InvalidParameterValueError):

@@ -64,6 +64,15 @@ def listed(stub: Any, metadata: Metadata, prefix: str = "") -> list[types_pb2.To
             return [each for each in found if each.name.startswith(prefix)]
 
 
+def revision(stub: Any, identities: Identities) -> int:
+    """The catalog's newest, as a watcher is told."""
+    request = pb.WatchCatalogRequest(after_revision=1)
+    stream = stub.WatchCatalog(request, metadata=identities.service_metadata(), timeout=TIMEOUT)
+    newest = next(int(frame.revision) for frame in stream if not frame.agents and not frame.tools)
+    stream.cancel()
+    return newest
+
+
 def test_tools_are_registered_in_order_and_listed_by_name(grpc_stub: Any, operator: Metadata) -> None:
     declared = types_pb2.Tool(
         name="files.read",
@@ -92,6 +101,18 @@ def test_the_same_declaration_is_the_same_version_and_another_takes_its_place(
     (second,) = register(grpc_stub, operator, tool("t", "Two."))
     assert second.version != first.version
     assert listed(grpc_stub, operator, "t") == [second]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_same_declarations_again_change_nothing(
+    grpc_stub: Any, identities: Identities, operator: Metadata, *, shared: bool
+) -> None:
+    metadata = identities.service_metadata() if shared else operator
+    names = [unique("same"), unique("same")]
+    stored = register(grpc_stub, metadata, *map(tool, names))
+    before = revision(grpc_stub, identities)
+    assert register(grpc_stub, metadata, *map(tool, names)) == stored
+    assert revision(grpc_stub, identities) == before
 
 
 def test_another_effect_class_collides_and_nothing_is_registered(grpc_stub: Any, operator: Metadata) -> None:

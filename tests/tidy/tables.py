@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import Final
+from typing import Any, Final
 
 from google.rpc import code_pb2
 from mainspring.v1 import errors_pb2
@@ -71,7 +72,45 @@ def errors() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES: Final[dict[str, Callable[[], str]]] = {"settings": settings, "errors": errors}
+def agent() -> str:
+    """Every field of an agent's specification, as its published schema has it."""
+    schema = json.loads((ROOT / "services/mainspring_registry/agent.schema.json").read_text())
+    lines = ["| field | type | what it is |", "|---|---|---|"]
+    for path, field, is_required in _fields(schema, schema["$defs"], path=""):
+        must = " (required)" if is_required else ""
+        lines.append(f"| `{path}`{must} | {_type(field, schema['$defs'])} | {field['description']} |")
+    return "\n".join(lines) + "\n"
+
+
+# Any in these three: a JSON Schema is whatever JSON it is.
+def _fields(part: Any, defs: Any, *, path: str) -> Iterator[tuple[str, Any, bool]]:
+    for name, field in part.get("properties", {}).items():
+        yield path + name, field, name in part.get("required", ())
+        inner, inner_path = _resolve(field, defs), f"{path}{name}."
+        if "items" in inner:
+            inner, inner_path = _resolve(inner["items"], defs), f"{path}{name}[]."
+        yield from _fields(inner, defs, path=inner_path)
+
+
+def _resolve(field: Any, defs: Any) -> Any:
+    return defs[field["$ref"].rpartition("/")[2]] if "$ref" in field else field
+
+
+def _type(field: Any, defs: Any) -> str:
+    resolved = _resolve(field, defs)
+    if "const" in resolved:
+        return f"`{resolved['const']}`"
+    if "enum" in resolved:
+        return "one of " + ", ".join(f"`{value}`" for value in resolved["enum"])
+    if "items" in resolved:
+        return f"list of {_type(resolved['items'], defs)}"
+    if "pattern" in resolved and "$ref" in field:
+        return str(field["$ref"]).rpartition("/")[2]
+    kinds = resolved.get("type", "any value")
+    return " or ".join([kinds] if isinstance(kinds, str) else kinds)
+
+
+TABLES: Final[dict[str, Callable[[], str]]] = {"settings": settings, "errors": errors, "agent": agent}
 
 
 def with_tables(page: str) -> str:

@@ -1,6 +1,7 @@
 """Specifications of agents: the published schema and what goes beyond it."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,27 @@ def test_the_example_becomes_an_agent() -> None:
     assert dict(agent.labels) == {"team": "demo"}
     assert list(agent.capabilities) == ["lookup"]
     assert json.loads(agent.spec) == yaml.safe_load(EXAMPLE)
+
+
+def documented() -> list[tuple[str, bytes]]:
+    """Every agent in examples/ and on the pages, with where it stands."""
+    found = [(path.as_posix(), path.read_bytes()) for path in sorted((ROOT / "examples").rglob("*.yaml"))]
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        found += [(page.as_posix(), block.encode()) for block in blocks if "kind: Agent" in block]
+    return found
+
+
+def test_every_agent_that_is_shown_somewhere_is_right() -> None:
+    shown = documented()
+    assert len(shown) >= 5
+    for where, document in shown:
+        assert read_agent(document, SCHEMA).name, where
+
+
+def test_the_reference_shows_the_example_itself() -> None:
+    (block,) = [text for where, text in documented() if where.endswith("specs.md")]
+    assert read_agent(block, SCHEMA) == read_agent(EXAMPLE, SCHEMA)
 
 
 def test_the_same_specification_is_the_same_bytes_in_any_writing() -> None:
