@@ -1,6 +1,7 @@
 """W1: N sockets, each back to back, from `start` to `agent_completed` of the scripted look-up run.
 
-Two model steps, one pure tool, six events of five kinds, all durable, all delivered. A run counts only if its log came whole.
+Two model steps, one pure tool, six events of five kinds, all durable, all delivered. A run counts only if its log came
+whole.
 """
 
 from __future__ import annotations
