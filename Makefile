@@ -105,7 +105,7 @@ proto: $(READY) ## Generate the Python code of the contracts
 	@buf lint
 	@$(call generate,sdk)
 
-docs: $(READY) ## Write the tables of settings and errors into docs/
+docs: $(READY) ## Write the tables of settings, errors and specifications into docs/
 	@python -m tests.tidy.tables
 
 baseline: $(READY) ## Record the contracts as released: what `buf breaking` compares with from now on
