@@ -104,7 +104,7 @@ def pytest_command(options: argparse.Namespace, report_file: Path) -> list[str]:
     """The pytest command that does what the options ask for."""
     command = [sys.executable, "-m", "pytest", "-p", "test_framework.runner_plugin", f"--report-file={report_file}"]
     if options.category:
-        command += ["-m", " or ".join(options.category)]
+        command += ["-m", " or ".join(options.category), *folders_of(options.category)]
     if options.pattern:
         command += [f"--node-pattern={options.pattern}"]
     if options.list:
@@ -118,6 +118,12 @@ def pytest_command(options: argparse.Namespace, report_file: Path) -> list[str]:
     if options.coverage:
         command += ["--cov", "--cov-config=tests/data/coverage.ini", "--cov-report=term"]
     return command
+
+
+def folders_of(categories: Sequence[str]) -> list[str]:
+    """The folders to look in; none, and so all, when a category is not a folder of its own."""
+    folders = [ROOT / "tests" / category for category in categories]
+    return [str(folder.relative_to(ROOT)) for folder in folders] if all(map(Path.is_dir, folders)) else []
 
 
 def print_counts(tests: Mapping[str, Report]) -> None:

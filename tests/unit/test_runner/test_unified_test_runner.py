@@ -119,6 +119,15 @@ def test_a_file_that_can_not_be_imported_is_a_failure(repository: Path) -> None:
     assert run(repository, "--category", "unit").returncode not in (0, runner.EXIT_NO_TESTS)
 
 
+def test_a_category_with_a_folder_of_its_own_imports_nothing_else(repository: Path) -> None:
+    (repository / "tests/test_broken.py").write_text("import there_is_no_such_module")
+    (repository / "tests/tidy").mkdir()
+    (repository / "tests/tidy/test_third.py").write_text("import pytest\n@pytest.mark.tidy\ndef test_a(): pass")
+    done = run(repository, "--category", "tidy")
+    assert done.returncode == 0, done.stdout
+    assert "    1  in all  (1 passed)" in done.stdout
+
+
 def test_fast_fail_stops_at_the_first_failure(repository: Path) -> None:
     done = run(repository, "--fast-fail")
     assert done.returncode == 1
