@@ -10,6 +10,7 @@ import grpc
 from mainspring.v1 import registry_pb2
 from mainspring_kit import telemetry
 from mainspring_kit.errors import from_rpc_error
+from mainspring_kit.tasks import raise_if_cancelled
 from prometheus_client import Counter, Gauge
 
 from mainspring_dispatcher.core.board import Board
@@ -62,6 +63,7 @@ async def follow_catalogue(board: Board, registry: Registry) -> None:
             telemetry.logger().warning("catalogue_broken", error=str(from_rpc_error(error)))
         finally:
             call.cancel()
+        raise_if_cancelled()
         await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
 
 

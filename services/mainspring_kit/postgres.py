@@ -35,7 +35,13 @@ UNREACHABLE: Final = (
     asyncpg.ObjectNotInPrerequisiteStateError,
 )
 
-_SETTINGS: Final = {"application_name": "mainspring", "jit": "off", "timezone": "UTC"}
+_SETTINGS: Final = {
+    "application_name": "mainspring",
+    "jit": "off",
+    "timezone": "UTC",
+    # A process that freezes within a transaction must not hold its locks against the others for ever.
+    "idle_in_transaction_session_timeout": "10s",
+}
 _MIGRATION_LOCK: Final = 7_236_480_151
 _QUERY_HEADER: Final = re.compile(r"^-- (?P<name>[a-z_0-9]+): (?P<purpose>.+)$", re.MULTILINE)
 _SET_USER: Final = "SELECT set_config('mainspring.tenant_id', $1, true), set_config('mainspring.user_id', $2, true)"

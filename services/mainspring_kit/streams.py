@@ -17,7 +17,7 @@ import grpc
 from mainspring_kit import telemetry
 from mainspring_kit.channel import Peer
 from mainspring_kit.errors import MainspringError, Reason
-from mainspring_kit.tasks import background
+from mainspring_kit.tasks import background, raise_if_cancelled
 
 FRAME_ITEMS_MAX: Final = 512
 FRAME_BYTES_MAX: Final = 1 << 20
@@ -312,6 +312,7 @@ class BatchPool(Generic[Sent, Answer]):
                 await self._converse(link)
             except (grpc.RpcError, *_BROKEN_CALL) as error:
                 _log_break(self._name, link.address, error=error)
+            raise_if_cancelled()
             delay = _RECONNECT_SECONDS_MIN if link.is_live else min(delay * 2, _RECONNECT_SECONDS_MAX)
             link.is_live = False
             link.rewind()

@@ -11,6 +11,16 @@ class _EndedError(Exception):
     """The block is over: cancels what still runs in its group."""
 
 
+def raise_if_cancelled() -> None:
+    """Raises the cancel of this task that a broken call may have hidden; for loops that call again.
+
+    A cancel that meets a grpc.aio call in the moment it fails comes out as the call's status, not as CancelledError.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 @asynccontextmanager
 async def background(*coroutines: Coroutine[object, object, object]) -> AsyncIterator[asyncio.TaskGroup]:
     """Runs the coroutines, and whatever is started in the yielded group, beside the block; cancels them at its end.

@@ -107,6 +107,9 @@ class Link:
                     self._note(error)
                 except (TimeoutError, *_BROKEN) as error:
                     note(logging.WARNING, "stream_broken", dispatcher=self.address, detail=repr(error))
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    # A cancel that met the call in the moment it failed came out as the call's status.
+                    raise asyncio.CancelledError
                 delay = RECONNECT_SECONDS_MIN if self.is_attached else min(delay * 2, RECONNECT_SECONDS_MAX)
                 self.is_attached = False
                 self._take_back()

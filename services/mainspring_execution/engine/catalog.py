@@ -13,6 +13,7 @@ import grpc
 from mainspring.v1 import registry_pb2, types_pb2
 from mainspring_kit import telemetry
 from mainspring_kit.identity import UserExecutionContext
+from mainspring_kit.tasks import raise_if_cancelled
 
 from mainspring_execution.core.plan import AgentPlan, read_plan
 from mainspring_execution.models import Model, make_model
@@ -59,6 +60,7 @@ class Catalog:
                     delay = 0.05
             except grpc.aio.AioRpcError as error:
                 telemetry.logger().warning("catalog_lost", code=error.code().name)
+            raise_if_cancelled()
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, RECONNECT_SECONDS_MAX)
 

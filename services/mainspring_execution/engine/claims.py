@@ -12,6 +12,7 @@ from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError
 from mainspring_kit.identity import UserExecutionContext, new_id
+from mainspring_kit.tasks import raise_if_cancelled
 
 from mainspring_execution.core.decision import check_takeover
 from mainspring_execution.core.progress import fold
@@ -41,6 +42,7 @@ class Claims:
                     await self._claim(lease.address)
                 except grpc.aio.AioRpcError as error:
                     telemetry.logger().info("claims_broken", address=lease.address, code=error.code().name)
+                raise_if_cancelled()
             await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
 
     async def _claim(self, address: str) -> None:
@@ -105,6 +107,7 @@ class Claims:
             except MainspringError as error:
                 if error.code not in UNREACHED:
                     raise
+            raise_if_cancelled()
             await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
 
     async def _recall_agent(self, context: UserExecutionContext, run: types_pb2.Run) -> PreparedAgent | MainspringError:
@@ -115,4 +118,5 @@ class Claims:
             except MainspringError as error:
                 if error.code not in UNREACHED:
                     return error
+            raise_if_cancelled()
             await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))

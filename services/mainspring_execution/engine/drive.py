@@ -14,6 +14,7 @@ from mainspring.v1 import events_pb2, types_pb2
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError
 from mainspring_kit.identity import UserExecutionContext
+from mainspring_kit.tasks import raise_if_cancelled
 
 from mainspring_execution.core.decision import (
     CallModel,
@@ -322,6 +323,7 @@ class Drive:
                     self.attention.abandon()
                 elif error.code not in UNREACHED:
                     raise
+            raise_if_cancelled()
             if self.attention.is_abandoned or (self.attention.is_interrupted and not only_abandoned):
                 return None
             await asyncio.sleep(REACH_SECONDS * random.uniform(0.5, 1.0))

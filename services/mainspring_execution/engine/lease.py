@@ -10,7 +10,7 @@ from typing import Final
 import grpc
 from mainspring.v1 import state_pb2
 from mainspring_kit import telemetry
-from mainspring_kit.tasks import background
+from mainspring_kit.tasks import background, raise_if_cancelled
 
 from mainspring_execution.peers import BeatCall, State, first_of
 
@@ -71,6 +71,7 @@ class Lease:
                     await self._converse(address)
                 except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError) as error:
                     telemetry.logger().info("beat_broken", address=address, cause=type(error).__name__)
+                raise_if_cancelled()
             self.address = ""
             attempt += 1
             await asyncio.sleep(0.05 if attempt % 8 else 0.5)
