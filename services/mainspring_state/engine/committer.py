@@ -17,11 +17,11 @@ from prometheus_client import Counter, Histogram
 from mainspring_state.core.append import Entry, check, refusal, refused_value, stale, stamp
 from mainspring_state.core.backlog import Backlog, halves
 from mainspring_state.engine.hub import Creator, Hub
-from mainspring_state.store.log import Batch, LogWriter, Outcome, is_transient
+from mainspring_state.store.log import Batch, LogWriter, Outcome, is_conflict, is_shortage
 
 RECONNECT_SECONDS_MAX: Final = 1.0
 CONFLICT_SECONDS_MAX: Final = 0.5
-CONFLICTS_MAX: Final = 30
+CONFLICTS_MAX: Final = 8
 
 BATCH_APPENDS: Final = Histogram(
     "mainspring_state_batch_appends", "Appends committed together.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -109,9 +109,9 @@ class Committer:
             except asyncpg.PostgresError as error:
                 if isinstance(error, _LOST):
                     raise
-                if is_transient(error) and conflicts < CONFLICTS_MAX:
+                if is_shortage(error) or (is_conflict(error) and conflicts < CONFLICTS_MAX):
                     conflicts += 1
-                    await asyncio.sleep(min(CONFLICT_SECONDS_MAX, 0.002 * 2**conflicts) * random.random())
+                    await asyncio.sleep(min(CONFLICT_SECONDS_MAX, 0.002 * 2 ** min(conflicts, 8)) * random.random())
                     continue
                 conflicts = 0
                 self._divide(error)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import grpc
-from mainspring.v1 import state_pb2
+from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, Reason, to_status
 from mainspring_kit.identity import Caller, UserExecutionContext
 from mainspring_kit.streams import Outbox, call_tasks
@@ -22,8 +22,8 @@ from mainspring_state.store.rows import to_event
 
 PAGE_EVENTS_MAX: Final = 500
 PAGE_BYTES_MAX: Final = 1 << 20
-# A replay goes on when the reader has taken all but these many deliveries: only what comes live can flood a stream.
-REPLAY_DELIVERIES_MAX: Final = 16
+# Replays wait for the reader when they fill this part of the stream's bound: only what comes live can flood a stream.
+REPLAY_PART: Final = 4
 
 # The subscription that a create makes for its follower.
 OF_CREATE: Final = 0
@@ -60,6 +60,7 @@ class Follower:
             "follow", items_max=limits.deliveries_max, bytes_max=limits.bytes_max
         )
         self._taken = asyncio.Event()
+        self._replay_bytes = 0
         self._tasks: asyncio.TaskGroup | None = None
         self._name = ""
         self._keys: dict[int, Key] = {}
@@ -76,6 +77,9 @@ class Follower:
         try:
             yield state_pb2.FollowResponse(state_id=self._state_id)
             while deliveries := await self._outbox.take():
+                self._replay_bytes -= sum(
+                    delivery.ByteSize() for delivery in deliveries if delivery.subscription_id and delivery.events
+                )
                 self._taken.set()
                 yield state_pb2.FollowResponse(deliveries=deliveries)
             if self._failure is not None:
@@ -94,6 +98,13 @@ class Follower:
         """Queues new events for the run's live subscriptions here; at the stream's bound the stream breaks."""
         if key not in self._live:
             return
+        if not self._caller.principal.is_service:
+            delivery = state_pb2.Delivery(
+                run_id=delivery.run_id,
+                tenant_id=delivery.tenant_id,
+                user_id=delivery.user_id,
+                events=public(delivery.events),
+            )
         self._put(delivery)
         if is_end:
             for subscription_id in self._live.pop(key):
@@ -210,58 +221,52 @@ class Follower:
         Whoever awaits this must set the subscription live at once, without waiting for anything.
         """
         feed = self._sources.hub.watch(key, self)
+        run = await self._look_up(subscribe.run_id, feed, key=key, user=user)
+        number, position, is_ended = subscribe.subscription_id, subscribe.after_seq, False
+        while position < (head := feed.last_seq if feed.is_known else run.last_seq):
+            if number not in self._replaying.get(key, ()):
+                return True
+            if self._replay_bytes > self._limits.bytes_max // REPLAY_PART:
+                self._taken.clear()
+                await self._taken.wait()
+                continue
+            page = feed.since(position) or await self._read_page(user, key[1], after_seq=position)
+            events = [to_event(event) for event in page[: head - position]]
+            if not self._caller.principal.is_service:
+                events = public(events)
+            delivery = _delivery(run, number, events=events)
+            if number != OF_CREATE:
+                self._replay_bytes += delivery.ByteSize()
+            self._put(delivery)
+            position += len(events)
+            is_ended = is_terminal(events[-1])
+        feed.settle(head)
+        if number != OF_CREATE:
+            self._put(_delivery(run, number, caught_up_seq=head))
+        return is_ended or (run.state in ENDED_STATES and head >= run.last_seq)
+
+    async def _look_up(self, run_id: str, feed: Feed, *, key: Key, user: UserExecutionContext) -> types_pb2.Run:
+        """The run as the user may see it; its feed is not behind it afterwards."""
         async with self._sources.slots:
             run = await self._sources.reads.get_run(user, key[1])
             if run is None:
                 raise MainspringError(
-                    Reason.RUN_NOT_FOUND,
-                    f"There is no run {subscribe.run_id}: check the id.",
-                    run_id=subscribe.run_id,
+                    Reason.RUN_NOT_FOUND, f"There is no run {run_id!r}: check the id.", run_id=run_id[:128]
                 )
             feed.user_id = run.user_id
             if feed.is_known and feed.last_seq < run.last_seq:
                 await self._sources.heal(key, feed)
-        position, is_ended = subscribe.after_seq, False
-        while position < (head := feed.last_seq if feed.is_known else run.last_seq):
-            if subscribe.subscription_id not in self._replaying.get(key, ()):
-                return True
-            page = feed.since(position)
-            if page is None:
-                async with self._sources.slots:
-                    page = await self._sources.reads.read_events(
-                        user, key[1], after_seq=position, item_max=PAGE_EVENTS_MAX, byte_max=PAGE_BYTES_MAX
-                    )
-            events = [to_event(event) for event in page[: head - position]]
-            assert events, "a run's row never counts more events than its log holds"
-            self._put(
-                state_pb2.Delivery(
-                    run_id=key[1],
-                    tenant_id=user.tenant_id,
-                    user_id=user.user_id,
-                    subscription_id=subscribe.subscription_id,
-                    events=events,
-                )
-            )
-            position += len(events)
-            is_ended = is_terminal(events[-1])
-            await self._make_room()
-        feed.settle(head)
-        if subscribe.subscription_id != OF_CREATE:
-            self._put(
-                state_pb2.Delivery(
-                    run_id=key[1],
-                    tenant_id=user.tenant_id,
-                    user_id=user.user_id,
-                    subscription_id=subscribe.subscription_id,
-                    caught_up_seq=head,
-                )
-            )
-        return is_ended or (run.state in ENDED_STATES and head >= run.last_seq)
+        return run
 
-    async def _make_room(self) -> None:
-        while len(self._outbox) > REPLAY_DELIVERIES_MAX:
-            self._taken.clear()
-            await self._taken.wait()
+    async def _read_page(self, user: UserExecutionContext, run_id: str, *, after_seq: int) -> list[bytes]:
+        async with self._sources.slots:
+            return await self._sources.reads.read_events(
+                user,
+                run_id,
+                after_seq=after_seq,
+                item_max=PAGE_EVENTS_MAX,
+                byte_max=min(PAGE_BYTES_MAX, self._limits.bytes_max // REPLAY_PART),
+            )
 
     def _unsubscribe(self, unsubscribe: state_pb2.Unsubscribe) -> None:
         subscription_id = unsubscribe.subscription_id
@@ -294,14 +299,6 @@ class Follower:
         )
 
     def _put(self, delivery: state_pb2.Delivery) -> None:
-        if not self._caller.principal.is_service and delivery.events:
-            delivery = state_pb2.Delivery(
-                run_id=delivery.run_id,
-                tenant_id=delivery.tenant_id,
-                user_id=delivery.user_id,
-                subscription_id=delivery.subscription_id,
-                events=public(delivery.events),
-            )
         try:
             self._outbox.put(delivery)
         except MainspringError as error:
@@ -336,6 +333,23 @@ class Follower:
             self._sources.hub.unwatch(key, self)
         self._live.clear()
         self._replaying.clear()
+
+
+def _delivery(
+    run: types_pb2.Run,
+    subscription_id: int,
+    *,
+    events: Sequence[events_pb2.RunEvent] = (),
+    caught_up_seq: int | None = None,
+) -> state_pb2.Delivery:
+    return state_pb2.Delivery(
+        run_id=run.run_id,
+        tenant_id=run.tenant_id,
+        user_id=run.user_id,
+        subscription_id=subscription_id,
+        events=events,
+        caught_up_seq=caught_up_seq,
+    )
 
 
 async def _fail(error: MainspringError) -> None:

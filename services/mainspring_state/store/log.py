@@ -21,8 +21,6 @@ _SQL: Final = postgres.load_queries("mainspring_state")
 _INTERRUPTION: Final = state_pb2.RunInput(
     cancel=state_pb2.CancelInput(reason="A newer run of the session took its place.")
 ).SerializeToString()
-# A run or key that appeared in mid-statement: the whole batch goes again and meets it as what was there before.
-_RACED_CONSTRAINTS: Final = frozenset({"runs_pkey", "idempotency_keys_pkey"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +166,17 @@ class LogWriter:
         self._connection.terminate()
 
 
-def is_transient(error: asyncpg.PostgresError) -> bool:
-    """Whether the same batch may be committed at the next try: conflicts with other processes, and full resources."""
-    if isinstance(error, asyncpg.UniqueViolationError):
-        return error.constraint_name in _RACED_CONSTRAINTS
-    return str(error.sqlstate)[:2] in ("40", "53", "55") or error.sqlstate == "57014"
+def is_conflict(error: asyncpg.PostgresError) -> bool:
+    """Whether another process was quicker: a deadlock, or a run, key or lease that appeared in mid-statement.
+
+    The whole batch goes again and meets what it ran into as what was there before.
+    """
+    return isinstance(error, asyncpg.UniqueViolationError) or str(error.sqlstate)[:2] in ("40", "55")
+
+
+def is_shortage(error: asyncpg.PostgresError) -> bool:
+    """Whether the database lacks something that it may have again later: disk, memory, connections."""
+    return str(error.sqlstate).startswith("53")
 
 
 def _group(entry: Entry) -> int:

@@ -372,7 +372,7 @@ BEGIN
       FOR entry IN SELECT i FROM generate_series(1, create_count) AS i
         WHERE i <> ALL (missed) AND i <> ALL (coalesce(made, '{}')) LOOP
         missed := missed || entry.i;
-        missed_reasons := missed_reasons || 'busy';
+        missed_reasons := missed_reasons || 'busy'::text;
         missed_runs := missed_runs || runs[entry.i];
         missed_states := missed_states || 0;
         missed_seqs := missed_seqs || 0::bigint;

@@ -1,0 +1,253 @@
+"""Several state processes over one database: whoever is asked, a run is the same, with Redis and without."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from typing import Any
+
+import grpc
+import pytest
+from mainspring.v1 import state_pb2, state_pb2_grpc, types_pb2
+from mainspring_kit import server
+from mainspring_kit.identity import UserExecutionContext
+from mainspring_state.__main__ import wired
+from mainspring_state.config import StateSettings
+
+from test_framework.grpc_testing import free_address
+from test_framework.identities import Identities, unique
+from test_framework.loop_thread import LoopThread
+from tests.contract.state_calls import (
+    TIMEOUT,
+    TIMES,
+    Executor,
+    Watcher,
+    Wiring,
+    completed,
+    executing,
+    person,
+    reason_of,
+    thinking,
+    wiring,
+)
+
+pytestmark = pytest.mark.contract
+grpc_service = "State"
+
+# Any in this module: generated stubs have no common base.
+
+Serve = Callable[..., AbstractContextManager[str]]
+NOWHERE = "redis://127.0.0.1:1"
+
+
+@pytest.fixture(scope="module")
+def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
+    """The state service's own."""
+    return wiring(contract_environment)
+
+
+@pytest.fixture(scope="module")
+def serve(grpc_loop: LoopThread, contract_environment: dict[str, Any]) -> Serve:
+    """Serves one more state process's worth of service while the block runs, and gives its address."""
+
+    @asynccontextmanager
+    async def serving(settings: StateSettings) -> AsyncIterator[None]:
+        service = state_pb2.DESCRIPTOR.services_by_name["StateService"]
+        add = state_pb2_grpc.add_StateServiceServicer_to_server
+        async with (
+            wired(settings) as (servicer, engine),
+            server.serving(settings, [server.Service(service, add, servicer)], ready=lambda: engine.is_ready),
+        ):
+            yield
+            engine.drain()
+
+    @contextmanager
+    def open_one(**changes: Any) -> Iterator[str]:
+        address = free_address()
+        settings = StateSettings(
+            **{**contract_environment, **TIMES, "listen": address, "drain_seconds": 5.0, **changes}
+        )
+        with grpc_loop.opened(lambda: serving(settings)):
+            yield address
+
+    return open_one
+
+
+@pytest.fixture(scope="module", params=["redis", "no redis"])
+def other_address(request: pytest.FixtureRequest, serve: Serve) -> Iterator[str]:
+    """A second state process: one that hears the first, and one that cannot."""
+    changes = {} if request.param == "redis" else {"redis_url": NOWHERE}
+    with serve(**changes) as address:
+        yield address
+
+
+@pytest.fixture
+async def other_stub(other_address: str) -> AsyncIterator[Any]:
+    """A stub of the second process."""
+    async with grpc.aio.insecure_channel(other_address) as channel:
+        yield state_pb2_grpc.StateServiceStub(channel)
+
+
+@pytest.fixture
+async def executor(aio_stub: Any, identities: Identities) -> AsyncIterator[Executor]:
+    """An executor's Append stream to the first process."""
+    async with executing(aio_stub, identities) as opened:
+        yield opened
+
+
+@pytest.fixture
+def user() -> UserExecutionContext:
+    """A user of a tenant of the test's own."""
+    return person()
+
+
+async def test_a_watcher_elsewhere_sees_what_is_appended_here(
+    other_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
+) -> None:
+    run_id = await executor.start(user)
+    watchers = [Watcher(other_stub, identities.metadata(user.tenant_id, user.user_id)) for _ in range(3)]
+    for watcher in watchers:
+        await watcher.subscribe(run_id)
+        await watcher.until_caught_up()
+    for seq in range(1, 30):
+        await executor.go_on(user, run_id, thinking(), after=seq)
+    await executor.go_on(user, run_id, completed(), after=30)
+    for watcher in watchers:
+        await watcher.until_seq(31)
+        assert watcher.seqs() == list(range(1, 32))
+        watcher.close()
+
+
+async def test_a_run_whose_executor_moves_to_another_process_is_seen_whole_by_all(
+    aio_stub: Any, other_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
+) -> None:
+    metadata = identities.metadata(user.tenant_id, user.user_id)
+    here, there = Watcher(aio_stub, metadata), Watcher(other_stub, metadata)
+    run_id = await executor.start(user)
+    for watcher in (here, there):
+        await watcher.subscribe(run_id)
+        await watcher.until_caught_up()
+    async with executing(other_stub, identities) as moved:
+        seq = 1
+        for _ in range(10):
+            for sender in (executor, moved):
+                await sender.go_on(user, run_id, thinking(), after=seq)
+                seq += 1
+        # What was sent to one process and never answered is sent to the other: stored once all the same.
+        last = executor.append(user, run_id, completed(), after=seq)
+        for sender in (executor, moved):
+            assert reason_of((await sender.send_one(last)).status) == ""
+    for watcher in (here, there):
+        await watcher.until_seq(seq + 1)
+        assert watcher.seqs() == list(range(1, seq + 2))
+        watcher.close()
+
+
+async def test_a_create_sent_again_to_another_process_makes_one_run(
+    other_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
+) -> None:
+    follower_id = unique("gateway")
+    watcher = Watcher(other_stub, identities.service_metadata())
+    await watcher.ask(follower_id=follower_id)
+    await watcher.until(lambda: bool(watcher.state_id))
+    create = executor.create(user, follower_id=follower_id)
+    async with executing(other_stub, identities) as moved:
+        first, again = await asyncio.gather(executor.send_one(create), moved.send_one(create))
+        for result in (first, again):
+            assert (reason_of(result.status), result.run_id, result.ordinal) == ("", create.run_id, 1)
+        await moved.go_on(user, create.run_id, completed(), after=1)
+    await watcher.until_seq(2)
+    assert watcher.seqs() == [1, 2]
+    watcher.close()
+
+
+async def test_one_session_at_two_processes_has_one_line(
+    other_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
+) -> None:
+    async with executing(other_stub, identities) as moved:
+        answers = await asyncio.gather(
+            executor.send(*(executor.create(user) for _ in range(20))),
+            moved.send(*(moved.create(user) for _ in range(20))),
+        )
+    results = [result for answer in answers for result in answer]
+    assert {reason_of(result.status) for result in results} == {""}
+    assert sorted(result.ordinal for result in results) == list(range(1, 41))
+    assert [result.state for result in results].count(types_pb2.RUN_STATE_RUNNING) == 1
+
+
+async def test_one_key_at_two_processes_names_one_run(
+    other_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
+) -> None:
+    async with executing(other_stub, identities) as moved:
+        for number in range(10):
+            fields = {"idempotency_key": f"k{number}", "request_hash": b"h", "session_id": unique("session")}
+            one, two = await asyncio.gather(
+                executor.send_one(executor.create(user, **fields)), moved.send_one(moved.create(user, **fields))
+            )
+            assert one.run_id == two.run_id
+            assert sorted([one.repeated_key, two.repeated_key]) == [False, True]
+
+
+async def test_a_wait_elsewhere_ends_with_the_run(
+    other_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
+) -> None:
+    run_id = await executor.start(user)
+    metadata = identities.metadata(user.tenant_id, user.user_id)
+    request = state_pb2.WaitRunRequest(run_id=run_id)
+    async with asyncio.TaskGroup() as tasks:
+        wait = tasks.create_task(_wait(other_stub, request, metadata))
+        await executor.go_on(user, run_id, thinking(), after=1)
+        await executor.go_on(user, run_id, completed(), after=2)
+    assert wait.result().run.state == types_pb2.RUN_STATE_COMPLETED
+
+
+async def test_an_input_given_elsewhere_reaches_the_holder(
+    aio_stub: Any, other_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
+) -> None:
+    beats = aio_stub.Heartbeat(metadata=identities.service_metadata(), timeout=TIMEOUT)
+    await beats.write(state_pb2.HeartbeatRequest(executor_id=executor.executor_id, beat=1))
+    assert (await beats.read()).beat == 1
+    run_id = await executor.start(user)
+    request = state_pb2.PutInputRequest(run_id=run_id, request_id="stop", cancel=state_pb2.CancelInput())
+    await other_stub.PutInput(request, metadata=identities.metadata(user.tenant_id, user.user_id), timeout=TIMEOUT)
+    told = await beats.read()
+    assert [(run_input.run_id, run_input.request_id) for run_input in told.inputs] == [(run_id, "stop")]
+    beats.cancel()
+
+
+async def test_streams_move_when_a_process_stops(
+    serve: Serve, aio_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
+) -> None:
+    run_id = await executor.start(user)
+    metadata = identities.metadata(user.tenant_id, user.user_id)
+    stopping = serve()
+    address = await asyncio.to_thread(stopping.__enter__)
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = state_pb2_grpc.StateServiceStub(channel)
+        watcher = Watcher(stub, metadata)
+        await watcher.subscribe(run_id)
+        await watcher.until_caught_up()
+        async with executing(stub, identities) as moved:
+            await moved.go_on(user, run_id, thinking(), after=1)
+            request = state_pb2.WaitRunRequest(run_id=run_id)
+            async with asyncio.TaskGroup() as tasks:
+                wait = tasks.create_task(_wait(stub, request, metadata))
+                await watcher.until_seq(2)
+                await asyncio.to_thread(stopping.__exit__, None, None, None)
+                with pytest.raises(grpc.RpcError) as raised:
+                    await watcher.ended()
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert wait.result().run.state == types_pb2.RUN_STATE_RUNNING
+    again = Watcher(aio_stub, metadata)
+    await again.subscribe(run_id, after=watcher.seqs()[-1])
+    await again.until_caught_up()
+    await executor.go_on(user, run_id, completed(), after=2)
+    await again.until_seq(3)
+    assert watcher.seqs() + again.seqs() == [1, 2, 3]
+    again.close()
+
+
+# Any: as above.
+async def _wait(stub: Any, request: state_pb2.WaitRunRequest, metadata: Any) -> Any:
+    return await stub.WaitRun(request, metadata=metadata, timeout=TIMEOUT)
