@@ -23,8 +23,7 @@ STATEMENT_SECONDS_MAX: Final = 30.0
 CONNECT_SECONDS_MAX: Final = 10.0
 # What asyncpg raises when the server is away, going, coming, full, silent, or lets nobody in.
 UNREACHABLE: Final = (
-    OSError,
-    TimeoutError,
+    OSError,  # and TimeoutError, which is one
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
     asyncpg.TooManyConnectionsError,
@@ -35,13 +34,8 @@ UNREACHABLE: Final = (
     asyncpg.ObjectNotInPrerequisiteStateError,
 )
 
-_SETTINGS: Final = {
-    "application_name": "mainspring",
-    "jit": "off",
-    "timezone": "UTC",
-    # A process that freezes within a transaction must not hold its locks against the others for ever.
-    "idle_in_transaction_session_timeout": "10s",
-}
+_IDLE: Final = {"idle_in_transaction_session_timeout": "10s"}  # a process that freezes holds no lock for ever
+_SETTINGS: Final = {"application_name": "mainspring", "jit": "off", "timezone": "UTC", **_IDLE}
 _MIGRATION_LOCK: Final = 7_236_480_151
 _QUERY_HEADER: Final = re.compile(r"^-- (?P<name>[a-z_0-9]+): (?P<purpose>.+)$", re.MULTILINE)
 _SET_USER: Final = "SELECT set_config('mainspring.tenant_id', $1, true), set_config('mainspring.user_id', $2, true)"
