@@ -18,10 +18,13 @@ ROUNDING_MAX: Final = Decimal("0.005")
 
 
 class BillError(Exception):
-    """A bill can't be read; the message names the file and the line."""
+    """A bill can't be read; the message names the file and the line, counted from 1; 0: the file as a whole."""
 
     def __init__(self, file: str, line: int, fault: str) -> None:
-        super().__init__(f"{file}, line {line}: {fault}. Mend that line, or export the bill again.")
+        if line:
+            super().__init__(f"{file}, line {line}: {fault}. Mend that line, or export the bill again.")
+        else:
+            super().__init__(f"{file}: {fault}. Give the path of a bill in CSV.")
         self.file = file
         self.line = line
 

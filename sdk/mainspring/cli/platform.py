@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -61,12 +62,17 @@ def dev(
     Exit codes: 0 stopped as asked, 1 could not start, 2 wrong usage.
     """
     from mainspring.dev.logs import LEVELS
+    from mainspring.dev.plan import parse_replicas
 
     if log_level not in LEVELS:
         raise typer.BadParameter(f"{log_level!r} is none of {', '.join(LEVELS)}.", param_hint="--log-level")
+    try:
+        counts = parse_replicas(replicas)
+    except StartError as error:
+        raise typer.BadParameter(str(error), param_hint="--replicas") from error
     chosen = None if no_worker else [*(modules or ()), *(worker or ())]
     try:
-        asyncio.run(_dev(data_dir, port, ready_file=ready_file, workers=chosen, replicas=replicas, log_level=log_level))
+        asyncio.run(_dev(data_dir, port, ready_file=ready_file, workers=chosen, replicas=counts, log_level=log_level))
     except asyncio.CancelledError:
         raise typer.Exit(0) from None
 
@@ -162,12 +168,12 @@ async def _dev(
     *,
     ready_file: Path | None,
     workers: list[str] | None,
-    replicas: str,
+    replicas: Mapping[str, int],
     log_level: str,
 ) -> None:
     from rich.console import Console
 
-    from mainspring.dev import logs, plan, stack
+    from mainspring.dev import logs, stack
     from mainspring.dev.screen import Screen
 
     screen = Screen(Console(highlight=False), least_level=log_level)
@@ -177,7 +183,7 @@ async def _dev(
     async with stack(
         data_dir=data_dir,
         port=port,
-        replicas=plan.parse_replicas(replicas),
+        replicas=replicas,
         workers=workers,
         log_level="debug" if log_level == "debug" else "info",
         database_url=os.environ.get("DATABASE_URL", ""),

@@ -182,14 +182,14 @@ def parent_pipe() -> Iterator[int]:
 
 
 def _end_leftovers(folder: Folder) -> None:
-    """Ends what a killed predecessor has started and is still stopping."""
+    """Ends what a killed predecessor has started and is still stopping: PostgreSQL in peace, the others at once."""
     left = []
     for pid, started in folder.noted_pids().items():
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             # The same pid and the same moment of birth: it is that process, not a stranger with its number.
             if abs(process.create_time() - started) < 1.0:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGINT if process.name() == "postgres" else signal.SIGKILL)
                 left.append(process)
     _, alive = psutil.wait_procs(left, timeout=LEFTOVER_SECONDS_MAX)
     for process in alive:

@@ -1,0 +1,103 @@
+"""`mainspring.dev.stack` as tests and benchmarks use it: replicas, trouble on purpose, and errors that say why."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from mainspring import Client
+from mainspring.dev import StartError, stack
+
+from test_framework.waiting import wait_until
+from tests.flow.supervising import lives
+
+LOOKUP = yaml.safe_load((Path(__file__).parents[2] / "examples" / "lookup" / "agent.yaml").read_text())
+
+pytestmark = pytest.mark.timeout(180)
+
+
+async def test_replicas_serve_and_what_is_killed_or_stopped_comes_back_with_all_data(tmp_path: Path) -> None:
+    ready_file = tmp_path / "ready.json"
+    async with stack(data_dir=tmp_path / "data", replicas={"state": 2, "gateway": 2}, ready_file=ready_file) as running:
+        assert len(running.gateways) == 2
+        assert len(running.services["state"].split(",")) == 2
+        assert {name: len(pids) for name, pids in running.pids.items()} == {
+            "redis": 1,
+            "postgres": 1,
+            "registry": 1,
+            "dispatcher": 1,
+            "execution": 1,
+            "state": 2,
+            "gateway": 2,
+            "worker": 1,
+        }
+        assert json.loads(ready_file.read_text())["pids"] == running.pids
+        async with Client(running.gateways[1], running.mint(user="ann")) as client:
+            await client.apply(LOOKUP)
+            ended = await client.run("lookup", {"value": 42})
+            assert ended.data["result"] == {"answer": 42}
+            log = [event.frame async for event in client.events(ended.run_id)]
+            for name, index in (("postgres", 0), ("redis", 0), ("state", 1), ("gateway", 1)):
+                before = running.pids[name][index]
+                await running.kill(name, index=index)
+                assert not lives(before)
+                await running.wait_ready()
+                assert running.pids[name][index] != before
+            # The client comes back by itself.
+            assert [event.frame async for event in client.follow(ended.run_id)] == log
+            await running.restart("state", index=0)
+            await running.stop("redis")
+            assert "redis" not in running.pids
+            with pytest.raises(TimeoutError, match="do not serve: redis"):
+                await running.wait_ready(timeout=0.1)
+            assert (await client.run("lookup", {"value": 43})).data["result"] == {"answer": 43}
+            await running.start("redis")
+        with pytest.raises(LookupError, match=r"no process state 2; it has .*state\.0, state\.1"):
+            await running.kill("state", index=2)
+        pids = [pid for found in running.pids.values() for pid in found]
+    assert not any(map(lives, pids))
+    assert not ready_file.exists()
+
+
+async def test_a_stack_of_its_own_folder_leaves_none_and_passes_errors_on_as_they_are() -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with stack(workers=None) as running:
+            folder = running.folder.path
+            assert "worker" not in running.pids
+            raise ZeroDivisionError
+    assert not folder.exists()
+
+
+async def test_a_setting_that_is_wrong_ends_the_start_and_is_named() -> None:
+    with pytest.raises(StartError, match=r"migration of \w+ failed with exit code 2(.|\n)*MAINSPRING_DRAIN_SECONDS"):
+        async with stack(extra_env={"MAINSPRING_DRAIN_SECONDS": "long"}):
+            pass
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing_running(tmp_path: Path) -> None:
+    async def start() -> None:
+        async with stack(data_dir=tmp_path):
+            pass
+
+    task = asyncio.ensure_future(start())
+    noted = tmp_path / "pids.json"
+    await wait_until(noted.exists, what="a first process")
+    pids = [int(pid) for pid in json.loads(noted.read_text())]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not any(map(lives, pids))
+
+
+async def test_a_stopped_process_gets_its_signal_first() -> None:
+    async with stack(workers=None) as running:
+        [pid] = running.pids["dispatcher"]
+        await running.kill("dispatcher", signal=signal.SIGTERM)
+        assert not lives(pid)
+        await running.wait_ready()
+        assert running.pids["dispatcher"] != [pid]
+        assert '"event":"process_stopped"' in running.log("dispatcher").read_text()

@@ -1,0 +1,59 @@
+"""The command line without a platform: help with examples, and documents from files that are none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from mainspring.cli import app
+from typer.testing import CliRunner
+
+COMMANDS = (
+    "dev",
+    "worker",
+    "apply",
+    "run",
+    "migrate",
+    "token",
+    "runs list",
+    "runs get",
+    "runs events",
+    "runs cancel",
+    "agents list",
+    "agents get",
+    "tools list",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    told = CliRunner().invoke(app, [*command.split(), "--help"])
+    assert told.exit_code == 0
+    text = " ".join(told.output.split())
+    assert re.search(r"Examples?: ", text)
+    assert f"mainspring {command}" in text.partition("Example")[2]
+
+
+def test_the_whole_has_help_with_exit_codes_and_where_it_looks() -> None:
+    text = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
+    assert "MAINSPRING_URL and MAINSPRING_TOKEN" in text
+    assert "Exit codes: 0" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("a: [", "is not YAML or JSON"), ("- a\n", "document 1, is not an object"), ("", "holds no document")],
+)
+def test_a_document_that_is_none_is_named(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "agent.yaml").write_text(text)
+    done = CliRunner().invoke(app, ["apply", "-f", str(tmp_path / "agent.yaml")])
+    assert done.exit_code == 1
+    assert told in str(done.exception)
+    assert "agent.yaml" in str(done.exception)
+
+
+def test_migrate_says_which_setting_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAINSPRING_OWNER_DATABASE_URL", raising=False)
+    done = CliRunner().invoke(app, ["migrate"])
+    assert "MAINSPRING_OWNER_DATABASE_URL is not set" in str(done.exception)
