@@ -177,9 +177,9 @@ def test_a_loose_pin_is_found() -> None:
     ("line", "count"),
     [
         ("see /home/ann/notes", 1),
-        ("WORKDIR /work/src", 1),
-        ("cd ~/work/src", 0),
-        ("/healthz and ${HOME}/work/", 0),
+        ("WORKDIR /Users/ann/src", 1),
+        ("cd ~/home/src", 0),
+        ("/healthz and ${HOME}/home/", 0),
     ],
 )
 def test_machine_paths_are_found(line: str, count: int) -> None:
