@@ -183,7 +183,8 @@ class DispatcherServicer(rpc.DispatcherServiceServicer):
                     yield frame
             if stream.fault is not None:
                 raise stream.fault
-            returns = False  # it has said goodbye
+            # A broken connection may look like the peer's last word; one who leaves has said so before.
+            returns = not worker.draining
         finally:
             self._worker_streams.discard(stream)
             self._board.detach(worker, stream, now=loop.time(), returns=returns)

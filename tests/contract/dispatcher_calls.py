@@ -160,6 +160,7 @@ class HandWorker:
 
     async def leave(self) -> None:
         """Says goodbye and waits for the end of the stream."""
+        await self.stream.write(pb.AttachRequest(draining=True))
         await self.stream.done_writing()
         async with asyncio.timeout(TIMEOUT):
             while await self.read():

@@ -25,8 +25,9 @@ RECONNECT_SECONDS_MIN: Final = 0.05
 RECONNECT_SECONDS_MAX: Final = 1.0
 FRAME_ITEMS_MAX: Final = 512
 FRAME_BYTES_MAX: Final = 1 << 20
-# Outcomes written this short a time before a stream broke may not have arrived: they are sent again.
-RESEND_SECONDS: Final = 3.0
+# Outcomes written this short a time before a stream broke may not have arrived: they are sent again. The dispatcher
+# holds a worker for dead that it has not heard for 3 s.
+RESEND_SECONDS: Final = 5.0
 RESEND_ITEMS_MAX: Final = 1_000
 RESEND_BYTES_MAX: Final = 32 << 20
 

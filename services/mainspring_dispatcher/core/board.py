@@ -154,6 +154,10 @@ class Board:
         for dispatch_id, call in worker.calls.items():
             if call is None or call.cancelled_time is not None:
                 link.cancel(dispatch_id)
+            elif call.dispatch_id == 0:
+                # It has been put back in line, but here it may still run, or have run.
+                self.lines.remove(call)
+                call.dispatch_id = dispatch_id
         self._fill(worker, now)
         return worker
 

@@ -110,6 +110,29 @@ def test_the_first_result_of_two_executions_counts_and_ends_the_other(play: Play
     assert play.board.counts.results_late == 1
 
 
+def test_a_worker_that_returns_goes_on_with_what_nobody_else_took(play: Play) -> None:
+    worker, link = play.attach("w", "echo")
+    play.call("c1")
+    play.board.detach(worker, link, now=play.now, returns=True)
+    play.pass_time(1)
+    again, again_link = play.attach("w", "echo")
+    _, other = play.attach("w2", "echo")
+    assert (again_link.calls, other.calls) == ([], [])
+    assert play.board.lines.count == 0
+    play.finish(again, link.calls[0])
+    assert (play.caller.only.status, play.caller.only.attempts) == (1, 1)
+
+
+def test_a_worker_that_returns_and_breaks_off_again_passes_its_call_on(play: Play) -> None:
+    worker, link = play.attach("w", "echo")
+    play.call("c1")
+    play.board.detach(worker, link, now=play.now, returns=True)
+    again, again_link = play.attach("w", "echo")
+    play.board.detach(again, again_link, now=play.now, returns=True)
+    _, other = play.attach("w2", "echo")
+    assert other.call_ids == ["c1"]
+
+
 def test_a_worker_that_returns_is_told_of_calls_that_nobody_wants_any_more(play: Play) -> None:
     first, link = play.attach("w1", "echo", concurrency=1)
     play.call("c1")
