@@ -17,6 +17,7 @@ class Progress:
         "input",
         "input_tokens",
         "intents",
+        "last_event",
         "outcomes",
         "output_tokens",
         "planned",
@@ -30,6 +31,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.seq = 0
+        self.last_event = ""
         self.started_ms = 0.0
         self.input = b""
         self.steps = 0
@@ -56,6 +58,7 @@ class Progress:
             raise ValueError(f"run {event.run_id}: event {event.seq} cannot follow event {self.seq}")
         self.seq = event.seq
         kind = event.WhichOneof("payload")
+        self.last_event = kind or ""
         if kind == "run_recovered":
             self._recover(event.run_recovered)
             return

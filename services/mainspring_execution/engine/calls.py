@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from mainspring.v1 import dispatcher_pb2, events_pb2, types_pb2
-from mainspring_kit.identity import UserExecutionContext
+from mainspring_kit.identity import UserExecutionContext, new_id
 
 from mainspring_execution.core.decision import needs_durable_intent, refuse_call
 from mainspring_execution.core.plan import AgentPlan
@@ -27,7 +27,11 @@ class Calls:
     ) -> None:
         self.under_way: dict[str, ToolFuture] = {}
         self._journal = journal
-        self._context = context
+        self._tenant_id = context.tenant_id
+        # What all calls' contexts have in common: children of the run's.
+        self._child = context.to_message()
+        self._child.parent_request_id = context.request_id
+        self._child.depth = context.depth + 1
         self._dispatcher = dispatcher
         self._catalog = catalog
         self._post_time = 0.0
@@ -57,16 +61,16 @@ class Calls:
         for call in planned:
             if call.call_id in progress.outcomes or call.call_id in self.under_way:
                 continue
-            self.under_way[call.call_id] = self._dispatcher.calls.post(
-                dispatcher_pb2.ToolCall(
-                    context=self._context.child().to_message(),
-                    call_id=call.call_id,
-                    tool=call.tool,
-                    arguments=call.arguments,
-                    effect=progress.intents[call.call_id].effect,
-                    attempt=progress.attempts[call.call_id],
-                )
+            self._child.request_id = new_id()
+            asked = dispatcher_pb2.ToolCall(
+                context=self._child,
+                call_id=call.call_id,
+                tool=call.tool,
+                arguments=call.arguments,
+                effect=progress.intents[call.call_id].effect,
+                attempt=progress.attempts[call.call_id],
             )
+            self.under_way[call.call_id] = self._dispatcher.calls.post(asked)
 
     def take_outcomes(self) -> None:
         """Records the outcomes that have come."""
@@ -90,9 +94,7 @@ class Calls:
         if not call_ids:
             self.take_outcomes()
             return []
-        told = await self._dispatcher.cancel(
-            call_ids, tenant_id=self._context.tenant_id, timeout_seconds=timeout_seconds
-        )
+        told = await self._dispatcher.cancel(call_ids, tenant_id=self._tenant_id, timeout_seconds=timeout_seconds)
         receipts = [
             events_pb2.CancelReceipt(call_id=call_id, acknowledged=outcome.acknowledged, after_ms=outcome.after_ms)
             for call_id in call_ids
@@ -106,7 +108,7 @@ class Calls:
         """Records the intent, unless the log has it, and tells the effect class that it names."""
         intent = self._journal.progress.intents.get(call.call_id)
         if intent is None:
-            effect = self._catalog.effect_of(call.tool, tenant_id=self._context.tenant_id)
+            effect = self._catalog.effect_of(call.tool, tenant_id=self._tenant_id)
             intent = events_pb2.ToolExecuting(
                 call_id=call.call_id, tool=call.tool, arguments=call.arguments, effect=effect, attempt=1
             )

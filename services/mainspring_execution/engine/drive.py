@@ -92,6 +92,19 @@ class Drive:
         """The run."""
         return self._run.run_id
 
+    def summary(self) -> dict[str, object]:
+        """What the log line of the run's end says."""
+        progress = self._journal.progress
+        return {
+            "run_id": self._run.run_id,
+            "agent": self._run.agent,
+            "last_event": progress.last_event,
+            "seq": progress.seq,
+            "steps": progress.steps,
+            "calls": len(progress.planned),
+            "recoveries": progress.recoveries,
+        }
+
     def resume(self, log: Iterable[events_pb2.RunEvent]) -> None:
         """Takes the run's durable events, if there are any yet; with the first one the run's own time begins."""
         self._journal.restore(fold(log))

@@ -7,14 +7,13 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from typing import Any, Final
 
 from google.rpc import code_pb2
 from mainspring.v1 import execution_pb2, state_pb2, types_pb2
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError, Reason, from_status, to_status
-from mainspring_kit.identity import UserExecutionContext, new_id
+from mainspring_kit.identity import DEPTH_MAX, UserExecutionContext, new_id
 from mainspring_kit.interceptors import validate
 
 from mainspring_execution.core.plan import AgentPlan
@@ -44,6 +43,7 @@ class Runs:
         self._under_way = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._log = telemetry.logger()
 
     def open(self, tasks: asyncio.TaskGroup) -> None:
         """Runs may be started from now on."""
@@ -84,6 +84,7 @@ class Runs:
         finally:
             if self._drives.get(run_id) is drive:
                 del self._drives[run_id]
+        self._log.info("run_left" if drive.attention.is_abandoned else "run_ended", **drive.summary())
 
     def take_input(self, request: state_pb2.RunInput) -> None:
         """Hands an input to its run, or keeps it for the run that is just being created or taken over."""
@@ -102,7 +103,7 @@ class Runs:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         except TimeoutError:
-            telemetry.logger().info("runs_handed_back", count=len(self._drives))
+            self._log.info("runs_handed_back", count=len(self._drives))
         for drive in self._drives.values():
             drive.attention.abandon()
 
@@ -136,7 +137,7 @@ class Runs:
         except MainspringError as error:
             result = _refused(item.item_id, error)
         except Exception as fault:  # a fault of ours in one start must not end the others
-            telemetry.logger().error("start_faulted", run_id=item.context.run_id, exc_info=fault)
+            self._log.error("start_faulted", run_id=item.context.run_id, exc_info=fault)
             result = _refused(item.item_id, internal_fault(item.context.run_id))
         reply(result)
         if drive is not None:
@@ -147,12 +148,18 @@ class Runs:
         arrived = time.perf_counter()
         validate(item)
         start = item.start
+        asked_session_id = start.session_id or item.context.session_id
         context = _read_context(item)
         check_run_id(context.run_id)
         input_json = read_input(start.input)
         agent = await self._around.catalog.resolve(context, start.agent, alias=start.alias, version=start.version)
         append, run = _make_append(
-            item, context, plan=agent.plan, input_json=input_json, executor_id=self._around.lease.executor_id
+            item,
+            context,
+            plan=agent.plan,
+            asked_session_id=asked_session_id,
+            input_json=input_json,
+            executor_id=self._around.lease.executor_id,
         )
         state_id = self._around.state.appends.pick_instance(item.state_id) or item.state_id
         answer = await self._post(append, state_id)
@@ -202,10 +209,11 @@ def draining() -> MainspringError:
 
 
 def _read_context(item: execution_pb2.StartItem) -> UserExecutionContext:
-    """For whom the run is; a session of its own where none is named."""
-    context = UserExecutionContext.from_message(item.context)
-    session_id = item.start.session_id or context.session_id or context.run_id
-    return context if session_id == context.session_id else replace(context, session_id=session_id)
+    """For whom the run is; a session of its own where none is named, and room for the contexts of its calls."""
+    asked = item.context
+    asked.session_id = item.start.session_id or asked.session_id or asked.run_id
+    context = UserExecutionContext.from_message(asked)
+    return context if context.depth < DEPTH_MAX else context.child()
 
 
 def _make_append(
@@ -213,6 +221,7 @@ def _make_append(
     context: UserExecutionContext,
     *,
     plan: AgentPlan,
+    asked_session_id: str,
     input_json: bytes,
     executor_id: str,
 ) -> tuple[state_pb2.Append, types_pb2.Run]:
@@ -223,7 +232,7 @@ def _make_append(
         item.start,
         envelope=envelope,
         user_id=context.user_id,
-        asked_session_id=item.start.session_id or item.context.session_id,
+        asked_session_id=asked_session_id,
         input_json=input_json,
         executor_id=executor_id,
         follower_id=item.follower_id,
