@@ -80,6 +80,7 @@ class Executor:
         self._call = stub.Append(metadata=identities.service_metadata(), timeout=TIMEOUT)
         self._waiting: dict[int, asyncio.Future[state_pb2.AppendResult]] = {}
         self._last_item_id = 0
+        self._writing = asyncio.Lock()
 
     async def read(self) -> None:
         """Resolves answers as they come."""
@@ -97,7 +98,8 @@ class Executor:
             append.item_id = self._last_item_id
             futures.append(asyncio.get_running_loop().create_future())
             self._waiting[append.item_id] = futures[-1]
-        await self._call.write(request)
+        async with self._writing:
+            await self._call.write(request)
         async with asyncio.timeout(TIMEOUT):
             return [await future for future in futures]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any
@@ -74,11 +75,18 @@ def serve(grpc_loop: LoopThread, contract_environment: dict[str, Any]) -> Serve:
     return open_one
 
 
-@pytest.fixture(scope="module", params=["redis", "no redis"])
-def other_address(request: pytest.FixtureRequest, serve: Serve) -> Iterator[str]:
-    """A second state process: one that hears the first, and one that cannot."""
-    changes = {} if request.param == "redis" else {"redis_url": NOWHERE}
-    with serve(**changes) as address:
+@pytest.fixture(scope="module")
+def mute_redis() -> Iterator[str]:
+    """A port that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module", params=["redis", "no redis", "mute redis"])
+def other_address(request: pytest.FixtureRequest, serve: Serve, mute_redis: str) -> Iterator[str]:
+    """A second state process: one that hears the first, and those that cannot."""
+    changes = {"redis": {}, "no redis": {"redis_url": NOWHERE}, "mute redis": {"redis_url": mute_redis}}
+    with serve(**changes[request.param]) as address:
         yield address
 
 

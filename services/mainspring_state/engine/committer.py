@@ -27,6 +27,7 @@ BATCH_APPENDS: Final = Histogram(
     "mainspring_state_batch_appends", "Appends committed together.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 )
 APPENDS: Final = Counter("mainspring_state_appends", "Appends by what became of them.", ["outcome"])
+_COMMITTED: Final = APPENDS.labels("committed")
 
 # The connection is gone or does not answer: nobody knows what became of the statement under way.
 _LOST: Final = (*postgres.UNREACHABLE, asyncpg.InterfaceError)
@@ -52,14 +53,19 @@ class Committer:
         *,
         backlog: Backlog[Waiting],
         now: Callable[[], float],
+        is_heard: Callable[[], bool],
         publish: Callable[[list[state_pb2.Delivery]], None],
         on_ready: Callable[[], None],
     ) -> None:
-        """`now` tells the database's time in seconds; `publish` and `on_ready` never wait."""
+        """`now` tells the database's time in seconds, `is_heard` whether other state processes listen.
+
+        `publish` and `on_ready` never wait.
+        """
         self._database_url = database_url
         self._hub = hub
         self._backlog = backlog
         self._now = now
+        self._is_heard = is_heard
         self._publish = publish
         self._on_ready = on_ready
         self._under_way: list[list[Waiting]] = []
@@ -151,7 +157,7 @@ class Committer:
         for waiting, outcome in zip(waitings, outcomes, strict=True):
             append = waiting.entry.append
             if outcome.is_ok:
-                APPENDS.labels("committed" if outcome.is_new else "repeated").inc()
+                (_COMMITTED if outcome.is_new else APPENDS.labels("repeated")).inc()
                 waiting.answer(_success(append, outcome, followed=self._creator(waiting.entry) is not None))
             else:
                 APPENDS.labels(outcome.reason).inc()
@@ -162,8 +168,7 @@ class Committer:
             delivery = self._fan_out(waiting.entry, outcome)
             if delivery is not None:
                 deliveries.append(delivery)
-        if deliveries:
-            self._publish(deliveries)
+        self._publish(deliveries)
 
     def _creator(self, entry: Entry) -> Creator | None:
         """The follower whose start made the run, if it is connected here."""
@@ -191,7 +196,11 @@ class Committer:
             return None
         if entry.types[0] == "agent_started":
             append.events[0].agent_started.ordinal = outcome.ordinal
-        self._hub.take_in(key, outcome.user_id, events=append.events, encoded=outcome.events)
+        delivery = self._hub.take_in(key, outcome.user_id, events=append.events, encoded=outcome.events)
+        if not self._is_heard():
+            return None
+        if delivery is not None and len(delivery.events) == len(append.events):
+            return delivery
         return state_pb2.Delivery(
             run_id=append.run_id, tenant_id=append.tenant_id, user_id=outcome.user_id, events=append.events
         )

@@ -41,6 +41,7 @@ class Engine:
             self._hub,
             backlog=Backlog(items_max=settings.backlog_appends_max, bytes_max=settings.backlog_bytes_max),
             now=self._presence.now,
+            is_heard=self._talk.is_heard,
             publish=self._talk.publish_deliveries,
             on_ready=self._kick,
         )

@@ -65,21 +65,27 @@ class Talk:
             tasks.create_task(self._heal_missed())
             tasks.create_task(self._heal_lagging())
 
+    def is_heard(self) -> bool:
+        """Whether another process listens, as far as is known."""
+        return bool(self._presence.peers) or self._hearing.recent(
+            now_seconds=time.monotonic(), within_seconds=RECENT_SECONDS
+        )
+
     def publish_deliveries(self, deliveries: list[state_pb2.Delivery]) -> None:
-        """Tells other processes what was committed; the number goes up even when nobody is there to listen."""
+        """Tells other processes of a commit; its number goes up even when there is nobody to hear it."""
         self._number += 1
-        if self._has_listeners():
+        if self.is_heard():
             frame = state_pb2.FollowResponse(deliveries=deliveries).SerializeToString()
             self._put(hearing.FRAME, frame)
 
     def publish_input(self, executor_id: str, run_input: state_pb2.RunInput) -> None:
         """Tells the process to which the run's holder beats."""
-        if self._has_listeners():
+        if self.is_heard():
             self._put(hearing.INPUT, hearing.pack_input(executor_id, run_input.SerializeToString()))
 
     def publish_ready(self) -> None:
         """Tells other processes that a run became claimable."""
-        if self._has_listeners():
+        if self.is_heard():
             self._put(hearing.READY, b"")
 
     async def heal(self, key: Key, feed: Feed) -> None:
@@ -92,11 +98,6 @@ class Talk:
             )
             if events:
                 self._hub.take_in(key, feed.user_id, events=[to_event(event) for event in events], encoded=events)
-
-    def _has_listeners(self) -> bool:
-        return bool(self._presence.peers) or self._hearing.recent(
-            now_seconds=time.monotonic(), within_seconds=RECENT_SECONDS
-        )
 
     def _put(self, kind: bytes, body: bytes) -> None:
         message = hearing.pack(Publication(self._state_id, kind, self._number, body))

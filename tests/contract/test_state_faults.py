@@ -1,0 +1,175 @@
+"""The state service while the database's connections break under it: nothing is lost, nothing stored twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import grpc
+import pytest
+from mainspring.v1 import state_pb2, types_pb2
+from mainspring_kit.identity import UserExecutionContext
+
+from test_framework.grpc_testing import error_of
+from test_framework.identities import Identities
+from test_framework.waiting import wait_until
+from tests.contract.state_calls import (
+    TIMEOUT,
+    Executor,
+    Watcher,
+    Wiring,
+    completed,
+    executing,
+    person,
+    reason_of,
+    thinking,
+    wiring,
+)
+
+pytestmark = pytest.mark.contract
+grpc_service = "State"
+
+# Any in this module: generated stubs have no common base, asyncpg's connections are generic for checkers only.
+
+RUNS = 40
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
+    """The state service's own."""
+    return wiring(contract_environment)
+
+
+@pytest.fixture
+async def executor(aio_stub: Any, identities: Identities) -> AsyncIterator[Executor]:
+    """An executor's Append stream."""
+    async with executing(aio_stub, identities) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def owner(contract_environment: dict[str, Any]) -> AsyncIterator[Any]:
+    """A connection as the owner of the tables."""
+    connection = await asyncpg.connect(contract_environment["owner_database_url"])
+    yield connection
+    await connection.close()
+
+
+async def break_connections(owner: Any) -> int:
+    """Ends every connection of the service; how many there were."""
+    ended: int = await owner.fetchval(
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+        "WHERE usename = 'mainspring_state' AND datname = current_database()"
+    )
+    return ended
+
+
+async def drive(executor: Executor, user: UserExecutionContext) -> str:
+    run_id = await executor.start(user)
+    for seq in range(1, STEPS):
+        await executor.go_on(user, run_id, thinking(), after=seq)
+    await executor.go_on(user, run_id, completed(), after=STEPS)
+    return run_id
+
+
+async def test_appends_survive_broken_connections(
+    aio_stub: Any, identities: Identities, executor: Executor, owner: Any
+) -> None:
+    users = [person() for _ in range(RUNS)]
+    async with asyncio.TaskGroup() as tasks:
+        driven = [tasks.create_task(drive(executor, user)) for user in users]
+        broken = 0
+        while not all(task.done() for task in driven):
+            broken += await break_connections(owner)
+            await asyncio.wait(driven, timeout=0.15)
+    assert broken > 0
+    run_ids = [task.result() for task in driven]
+    logs = await owner.fetch(
+        "SELECT run_id::text, array_agg(seq ORDER BY seq) AS seqs FROM state.events "
+        "WHERE run_id = ANY ($1::text[]::uuid[]) GROUP BY run_id",
+        run_ids,
+    )
+    assert {row["run_id"]: row["seqs"] for row in logs} == {run_id: list(range(1, STEPS + 2)) for run_id in run_ids}
+    assert await owner.fetchval("SELECT count(*) FROM state.leases") == 0
+
+
+async def test_watchers_see_every_event_once_while_connections_break(
+    aio_stub: Any, identities: Identities, executor: Executor, owner: Any
+) -> None:
+    user = person()
+    run_id = await executor.start(user)
+    watcher = Watcher(aio_stub, identities.metadata(user.tenant_id, user.user_id))
+    await watcher.subscribe(run_id)
+    await watcher.until_caught_up()
+    for seq in range(1, STEPS):
+        await break_connections(owner)
+        await executor.go_on(user, run_id, thinking(), after=seq)
+    await executor.go_on(user, run_id, completed(), after=STEPS)
+    await watcher.until_seq(STEPS + 1)
+    assert watcher.seqs() == list(range(1, STEPS + 2))
+    watcher.close()
+
+
+async def test_reads_answer_or_say_that_the_database_is_away(
+    aio_stub: Any, identities: Identities, executor: Executor, owner: Any
+) -> None:
+    user = person()
+    run_id = await executor.start(user)
+    metadata = identities.metadata(user.tenant_id, user.user_id)
+
+    async def read() -> bool:
+        try:
+            request = state_pb2.GetRunRequest(run_id=run_id)
+            run = (await aio_stub.GetRun(request, metadata=metadata, timeout=TIMEOUT)).run
+        except grpc.RpcError as error:
+            assert error_of(error).reason == "PEER_UNAVAILABLE"
+            return False
+        assert run.state == types_pb2.RUN_STATE_RUNNING
+        return True
+
+    for _ in range(20):
+        await break_connections(owner)
+        await read()
+    await wait_until(read, what="a read after the connections broke")
+
+
+async def test_two_writers_that_deadlock_both_go_on(
+    executor: Executor, owner: Any, contract_environment: dict[str, Any]
+) -> None:
+    first, second = person(), person()
+    # The service locks in the order of runs; this one the other way round.
+    runs = sorted([(await executor.start(first), first), (await executor.start(second), second)])
+    rival = await asyncpg.connect(contract_environment["owner_database_url"])
+    try:
+        transaction = rival.transaction()
+        await transaction.start()
+        await rival.execute("UPDATE state.runs SET stalled = 0 WHERE run_id = $1", runs[1][0])
+        appends = [executor.append(user, run_id, thinking(), after=1) for run_id, user in runs]
+        async with asyncio.TaskGroup() as tasks:
+            sent = tasks.create_task(executor.send(*appends))
+            await wait_until(lambda: _waits_for_a_lock(owner), what="the service waits for the rival's row")
+            rivals = tasks.create_task(rival.execute("UPDATE state.runs SET stalled = 0 WHERE run_id = $1", runs[0][0]))
+            await asyncio.wait([rivals])
+            try:
+                rivals.result()
+                await transaction.commit()
+            except asyncpg.DeadlockDetectedError:
+                await transaction.rollback()
+    except* asyncpg.DeadlockDetectedError:
+        # The rival was the victim; its transaction is rolled back.
+        pass
+    finally:
+        await rival.close()
+    assert [reason_of(result.status) for result in sent.result()] == ["", ""]
+
+
+async def _waits_for_a_lock(owner: Any) -> bool:
+    return bool(
+        await owner.fetchval(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity "
+            "WHERE usename = 'mainspring_state' AND wait_event_type = 'Lock')"
+        )
+    )
