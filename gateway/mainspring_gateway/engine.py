@@ -51,7 +51,12 @@ class Engine:
 
     def readiness(self) -> dict[str, bool]:
         """What the gateway needs, and whether it is there now."""
-        return {**self._peers.reachable(), "follow": self.feeds.is_attached, "serving": not self.draining.is_set()}
+        return {
+            **self._peers.reachable(),
+            "start_runs": self._peers.starts.is_live,
+            "follow": self.feeds.is_attached,
+            "serving": not self.draining.is_set(),
+        }
 
     def spawn(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Runs a coroutine on its own; a fault in it is logged and touches nothing else."""

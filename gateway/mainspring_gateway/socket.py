@@ -76,7 +76,8 @@ class Socket:
         self._is_silent = False
         self._is_over = False
         self._heard_time = time.monotonic()
-        self._is_pinged = False
+        # When the ping was sent that nothing has come after; 0: there is none.
+        self._ping_time = 0.0
 
     async def serve(self, outgoing: Outgoing) -> None:
         """Talks with the client until one of the two ends it."""
@@ -100,14 +101,14 @@ class Socket:
     def beat(self, monotonic_time: float, wall_time: float) -> None:
         """Pings a silent client; lets go one that stays silent or whose token has expired."""
         heartbeat_seconds = self._gateway.settings.heartbeat_seconds
-        silence_seconds = monotonic_time - self._heard_time
         if self._conversation is not None and self._conversation.principal.expire_time <= wall_time:
             self.shut(token_expired())
-        elif silence_seconds > 2 * heartbeat_seconds:
-            self._is_silent = True
-            self._cut()
-        elif silence_seconds > heartbeat_seconds and not self._is_pinged and self._outgoing is not None:
-            self._is_pinged = True
+        elif self._ping_time:
+            if monotonic_time - self._ping_time > heartbeat_seconds:
+                self._is_silent = True
+                self._cut()
+        elif monotonic_time - self._heard_time > heartbeat_seconds and self._outgoing is not None:
+            self._ping_time = monotonic_time
             self._outgoing.send(PING_FRAME)
 
     def shut(self, error: MainspringError) -> None:
@@ -136,6 +137,12 @@ class Socket:
         frame_id: FrameId = None
         if hdrs.AUTHORIZATION in headers:
             principal = access.authenticate(self._gateway.verifier, headers)
+        elif "ticket" in self._request.query:
+            raise MainspringError(
+                Reason.NOT_IMPLEMENTED,
+                "Tickets are part of the protocol but not of this release: send a bearer header, or a hello.",
+                method="ticket",
+            )
         else:
             hello = await self._receive_hello(outgoing)
             if hello is None:
@@ -206,7 +213,7 @@ class Socket:
         while True:
             message = await self._ws.receive()
             self._heard_time = time.monotonic()
-            self._is_pinged = False
+            self._ping_time = 0.0
             if message.type is WSMsgType.TEXT:
                 data: bytes = message.data
                 return data

@@ -39,6 +39,7 @@ class GatewayProcess:
         *,
         token: str = "",
         origin: str = "",
+        query: str = "",
         protocols: tuple[str, ...] = (SUBPROTOCOL,),
         autoping: bool = True,
     ) -> AsyncIterator[Socket]:
@@ -49,7 +50,7 @@ class GatewayProcess:
         async with (
             aiohttp.ClientSession() as session,
             session.ws_connect(
-                f"{self.url}/v1/stream", headers=headers, protocols=protocols, autoping=autoping, max_msg_size=0
+                f"{self.url}/v1/stream{query}", headers=headers, protocols=protocols, autoping=autoping, max_msg_size=0
             ) as socket,
         ):
             yield socket

@@ -25,7 +25,6 @@ FRAME_BYTES_MAX = 65_536
 SETTINGS: dict[str, Any] = {
     "allowed_origins": "https://app.example",
     "hello_seconds": 1,
-    "heartbeat_seconds": 1,
     "start_seconds": 1,
     "close_seconds": 1,
     "frame_bytes_max": FRAME_BYTES_MAX,
@@ -36,6 +35,12 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[GatewayProcess]:
     with gateway_process(**SETTINGS) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def impatient_gateway() -> Iterator[GatewayProcess]:
+    with gateway_process(heartbeat_seconds=1) as process:
         yield process
 
 
@@ -64,7 +69,7 @@ async def test_a_bearer_in_the_header_is_welcomed(gateway: GatewayProcess) -> No
         assert socket.protocol == "mainspring.v1.json"
         welcome = await ask(socket)
         assert (welcome["op"], welcome["tenant_id"], welcome["user_id"]) == ("welcome", "acme", "ann")
-        assert welcome["heartbeat_seconds"] == 1
+        assert welcome["heartbeat_seconds"] == 25
         assert welcome["limits"]["frame_bytes"] == FRAME_BYTES_MAX
         assert welcome["connection_id"]
 
@@ -95,6 +100,11 @@ async def test_any_other_first_frame_is_the_last(gateway: GatewayProcess, frame:
 async def test_a_hello_that_does_not_come_is_not_waited_for(gateway: GatewayProcess) -> None:
     async with gateway.open() as socket:
         assert await last_words(socket) == ("HELLO_MISSING", 4408)
+
+
+async def test_a_ticket_is_not_taken_yet(gateway: GatewayProcess) -> None:
+    async with gateway.open(query="?ticket=x") as socket:
+        assert await last_words(socket) == ("NOT_IMPLEMENTED", 4401)
 
 
 @pytest.mark.parametrize("credential", ["x", token(ttl_seconds=-1), IDENTITIES.service_metadata()[0][1]])
@@ -192,8 +202,8 @@ async def test_a_users_sockets_are_counted(gateway: GatewayProcess) -> None:
             assert (await ask(fourth))["op"] == "welcome"
 
 
-async def test_pings_of_either_side_are_answered(gateway: GatewayProcess) -> None:
-    async with gateway.open(token=token(), autoping=False) as socket:
+async def test_pings_of_either_side_are_answered(impatient_gateway: GatewayProcess) -> None:
+    async with impatient_gateway.open(token=token(), autoping=False) as socket:
         await ask(socket)
         await socket.ping(b"abc")
         message = await socket.receive(timeout=SECONDS)
@@ -203,8 +213,8 @@ async def test_pings_of_either_side_are_answered(gateway: GatewayProcess) -> Non
             await socket.pong()
 
 
-async def test_a_client_that_stays_silent_is_let_go(gateway: GatewayProcess) -> None:
-    async with gateway.open(token=token(), autoping=False) as socket:
+async def test_a_client_that_stays_silent_is_let_go(impatient_gateway: GatewayProcess) -> None:
+    async with impatient_gateway.open(token=token(), autoping=False) as socket:
         await ask(socket)
         assert (await socket.receive(timeout=SECONDS)).type is aiohttp.WSMsgType.PING
         assert (await socket.receive(timeout=SECONDS)).type is aiohttp.WSMsgType.CLOSE
@@ -212,7 +222,7 @@ async def test_a_client_that_stays_silent_is_let_go(gateway: GatewayProcess) -> 
 
 
 async def test_a_token_is_good_until_it_expires_and_can_be_renewed() -> None:
-    with gateway_process(**{**SETTINGS, "heartbeat_seconds": 60}) as gateway:
+    with gateway_process(**SETTINGS) as gateway:
         expire_time = time.time() + 3
         async with (
             gateway.open(token=token("ann", ttl_seconds=3)) as kept,

@@ -35,27 +35,26 @@ class EncodedEvent:
 
 
 def encode(event: pb.RunEvent) -> EncodedEvent:
-    """Makes an event's JSON; INTERNAL for a payload that is not known here and must not be skipped."""
+    """Makes an event's JSON; INTERNAL for one that can't be shown: of a later release, or with a value of no use."""
     kind = event.WhichOneof("payload") or UNKNOWN_TYPE
     if kind == UNKNOWN_TYPE and not event.safe_to_skip:
-        raise MainspringError(
-            Reason.INTERNAL,
-            f"Event {event.seq} of run {event.run_id} is of a later release than this gateway: update the gateway.",
-            request_id=event.append_id,
+        raise _unshowable(event, "it is of a later release than this gateway; update the gateway")
+    try:
+        payload = orjson.dumps(
+            {
+                "op": "event",
+                "type": kind,
+                "run_id": event.run_id,
+                "seq": event.seq,
+                "event_time": time_text(event.event_time),
+                "session_id": event.session_id,
+                "agent": event.agent,
+                "trace_id": event.trace_id,
+                "data": _DATA[kind](event),
+            }
         )
-    payload = orjson.dumps(
-        {
-            "op": "event",
-            "type": kind,
-            "run_id": event.run_id,
-            "seq": event.seq,
-            "event_time": time_text(event.event_time),
-            "session_id": event.session_id,
-            "agent": event.agent,
-            "trace_id": event.trace_id,
-            "data": _DATA[kind](event),
-        }
-    )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _unshowable(event, f"a value of it has no place in JSON: {error}") from error
     return EncodedEvent(event.seq, payload, text_frame(payload), kind in TERMINAL_TYPES)
 
 
@@ -95,6 +94,14 @@ def error_data(error: types_pb2.RunError) -> Data:
 def stages_data(stages: Sequence[types_pb2.Stage]) -> list[Data]:
     """The stages of a run with their durations."""
     return [{"name": stage.name, "duration_ms": stage.duration_ms} for stage in stages]
+
+
+def _unshowable(event: pb.RunEvent, why: str) -> MainspringError:
+    return MainspringError(
+        Reason.INTERNAL,
+        f"Event {event.seq} of run {event.run_id} can't be shown: {why}.",
+        request_id=event.append_id,
+    )
 
 
 @lru_cache(maxsize=256)

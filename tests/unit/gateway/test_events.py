@@ -168,6 +168,13 @@ def test_a_later_payload_is_skipped_only_where_that_is_safe() -> None:
         encode(later)
 
 
+def test_a_time_that_is_none_is_an_error_of_that_event_alone() -> None:
+    broken = event(agent_started=pb.AgentStarted())
+    broken.event_time.seconds = 10**15
+    with pytest.raises(MainspringError, match="can't be shown"):
+        encode(broken)
+
+
 def test_an_sse_block_is_one_line_of_data() -> None:
     encoded = encode(event(agent_started=pb.AgentStarted(input=b'{\r\n "a": 1\n}')))
     lines = sse_block(encoded).split(b"\n")
