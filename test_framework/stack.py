@@ -18,7 +18,6 @@ from mainspring.dev.witness import Silent
 from test_framework.identities import Identities
 from test_framework.loop_thread import LoopThread
 from test_framework.rows import Rows
-from test_framework.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 WORKER_MODULES = ("test_framework.tools",)
@@ -62,9 +61,7 @@ class Stack:
 
     async def kill(self, name: str, *, index: int = 0) -> None:
         """Kills a process with SIGKILL; it is dead when this returns, and is started again soon."""
-        pid = self.pids[name][index]
         await self._trouble(self._running.kill(name, index=index))
-        await wait_until(lambda: pid not in self.pids.get(name, []), what=f"the end of {name}")
 
     async def stop(self, name: str, *, index: int = 0) -> None:
         """Stops a process and keeps it down until `start`."""

@@ -46,6 +46,12 @@ class User:
         self._session = None
         self._channels = {}
 
+    async def __aenter__(self) -> User:
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self.close()
+
     def stream(self, gateway: str = "") -> AbstractAsyncContextManager[StreamClient]:
         """A socket that the caller closes by leaving the block; `gateway` is the URL of one replica."""
         return open_stream(gateway or self.stack.gateway, self.token)

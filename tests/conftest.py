@@ -29,7 +29,10 @@ class _LoopErrors(logging.Handler):
         self.seen: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = logging.Formatter().format(record)
+        lines = record.getMessage().splitlines()
+        error = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        # Debug mode adds where the object was made, from pytest's first line on; its end says enough.
+        text = "\n".join([*lines[:2], *lines[2:][-6:], error])
         if _GRPC_POLLER not in text:
             self.seen.append(text)
 

@@ -29,6 +29,7 @@ secrets, environment, redis_url, all *_target (this very server), and, for a ser
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from mainspring_kit.identity import TokenVerifier
 
 from test_framework.grpc_testing import AioServerFacade, add_to_server, free_address, stub_class
@@ -54,6 +56,18 @@ SERVICES_WITH_TABLES = ("State", "Registry")
 
 Servicers = Mapping[str, Any]  # Any: generated servicers have no common base
 Wiring = Callable[[], AbstractAsyncContextManager[Servicers]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _logs_go_to_pytest() -> Iterator[None]:
+    """What services log in this process is shown with the test that fails, and not otherwise."""
+    structlog.configure(
+        processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer(key_order=["event"])],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
