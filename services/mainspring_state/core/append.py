@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,16 +32,21 @@ _SECONDS_MAX: Final = 253_402_300_799
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """From which states an event may come, and to which it leads. `may_be_first`: a log may begin with it."""
+    """From which states an event may come (a bit mask), and to which it leads. `may_be_first`: a log may begin so."""
 
-    from_states: frozenset[int]
+    from_states: int
     to_state: int
     may_be_first: bool = False
     is_progress: bool = True
 
+    @property
+    def is_end(self) -> bool:
+        """Whether the event is the last of its log."""
+        return self.to_state in ENDED_STATES
 
-_RUNNING_ONLY: Final = frozenset({RUNNING})
-_NOT_ENDED: Final = frozenset({QUEUED, RUNNING, WAITING, PAUSED})
+
+_RUNNING_ONLY: Final = 1 << RUNNING
+_NOT_ENDED: Final = 1 << QUEUED | 1 << RUNNING | 1 << WAITING | 1 << PAUSED
 
 # A run that was claimed before its turn stays QUEUED: it can be ended, not begun.
 TRANSITIONS: Final = {
@@ -70,25 +74,17 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An append that may be committed: `from_states` is a bit mask of the states that it may find."""
+    """An append that may be committed. `run_key`: tenant and run. `from_states`: a bit mask of what it may find."""
 
     append: state_pb2.Append
+    run_key: tuple[str, str]
+    is_create: bool
     types: tuple[str, ...]
     from_states: int
     to_state: int
     is_progress: bool
     ending: Ending | None
     size_bytes: int
-
-    @property
-    def run_key(self) -> tuple[str, str]:
-        """Tenant and run."""
-        return self.append.tenant_id, self.append.run_id
-
-    @property
-    def is_create(self) -> bool:
-        """Whether it makes its run."""
-        return self.append.HasField("create")
 
 
 def is_uuid(text: str) -> bool:
@@ -98,33 +94,37 @@ def is_uuid(text: str) -> bool:
 
 def check(append: state_pb2.Append) -> Entry:
     """Checks an append by itself; raises what its sender has to be told. Nothing of the log is known here."""
-    _check_identity(append)
-    types = tuple(event.WhichOneof("payload") or "" for event in append.events)
-    if not 1 <= len(types) <= EVENTS_MAX:
-        raise _invalid(append, "events", detail=f"an append has 1 to {EVENTS_MAX} events, not {len(types)}")
+    run_key = _check_identity(append)
+    events = list(append.events)
+    if not 1 <= len(events) <= EVENTS_MAX:
+        raise _invalid(append, "events", detail=f"an append has 1 to {EVENTS_MAX} events, not {len(events)}")
     size_bytes = 0
-    for offset, event in enumerate(append.events, start=1):
-        if event.seq != append.expected_seq + offset:
-            raise _invalid(
-                append, "events.seq", detail=f"event {offset} has seq {event.seq}, not {append.expected_seq + offset}"
-            )
-        if event.run_id != append.run_id:
-            raise _invalid(append, "events.run_id", detail=f"event {offset} names another run")
+    seq = append.expected_seq
+    for event in events:
+        seq += 1
+        if event.seq != seq:
+            raise _invalid(append, "events.seq", detail=f"an event has seq {event.seq} where {seq} comes next")
+        if event.run_id != run_key[1]:
+            raise _invalid(append, "events.run_id", detail=f"event {seq} names another run")
         event_bytes = event.ByteSize()
         if event_bytes > EVENT_BYTES_MAX:
-            raise _too_large(f"events[{offset - 1}]", event_bytes)
+            raise _too_large(f"event {seq}", event_bytes)
         size_bytes += event_bytes
-    if append.HasField("create"):
+    types = tuple([event.WhichOneof("payload") or "" for event in events])
+    is_create = append.HasField("create")
+    if is_create:
         _check_create(append, types)
         size_bytes += len(append.create.input)
-    to_state = _follow(append, types)
+    transitions = _follow(append, types)
     return Entry(
         append=append,
+        run_key=run_key,
+        is_create=is_create,
         types=types,
-        from_states=_mask(TRANSITIONS[types[0]].from_states),
-        to_state=to_state,
-        is_progress=any(TRANSITIONS[name].is_progress for name in types),
-        ending=_ending(types[-1], append.events[-1]) if to_state in ENDED_STATES else None,
+        from_states=transitions[0].from_states,
+        to_state=transitions[-1].to_state,
+        is_progress=transitions[-1].is_progress or any(transition.is_progress for transition in transitions),
+        ending=_ending(types[-1], events[-1]) if transitions[-1].is_end else None,
         size_bytes=size_bytes,
     )
 
@@ -132,10 +132,11 @@ def check(append: state_pb2.Append) -> Entry:
 def stamp(entry: Entry, *, seconds: int, nanos: int) -> None:
     """Writes into the events what only state may say: when they were made durable, and by which append."""
     append = entry.append
+    append_id = append.append_id
     for event in append.events:
-        event.event_time.seconds = seconds
-        event.event_time.nanos = nanos
-        event.append_id = append.append_id
+        event_time = event.event_time
+        event_time.seconds, event_time.nanos = seconds, nanos
+        event.append_id = append_id
     if entry.is_create:
         event = append.events[0]
         event.session_id, event.agent = append.create.session_id, append.create.agent
@@ -212,13 +213,15 @@ def refused_value(entry: Entry, detail: str) -> MainspringError:
     )
 
 
-def _check_identity(append: state_pb2.Append) -> None:
-    if not append.tenant_id or len(append.tenant_id) > ID_CHARACTERS_MAX:
+def _check_identity(append: state_pb2.Append) -> tuple[str, str]:
+    tenant_id, run_id = append.tenant_id, append.run_id
+    if not tenant_id or len(tenant_id) > ID_CHARACTERS_MAX:
         raise _invalid(append, "tenant_id", detail="it is missing or too long")
-    if not is_uuid(append.run_id):
+    if not is_uuid(run_id):
         raise _invalid(append, "run_id", detail="it is not a UUID")
     if not is_uuid(append.append_id):
         raise _invalid(append, "append_id", detail="it is not a UUID")
+    return tenant_id, run_id
 
 
 def _check_create(append: state_pb2.Append, types: tuple[str, ...]) -> None:
@@ -236,24 +239,22 @@ def _check_create(append: state_pb2.Append, types: tuple[str, ...]) -> None:
         raise _too_large("create.input", len(create.input))
 
 
-def _follow(append: state_pb2.Append, types: tuple[str, ...]) -> int:
-    """The state after the events, taken one after the other; an event that cannot come where it stands is refused."""
+def _follow(append: state_pb2.Append, types: tuple[str, ...]) -> list[Transition]:
+    """What the events do, one after the other; an event that cannot come where it stands is refused."""
+    transitions: list[Transition] = []
+    is_first = append.expected_seq == 0
     state: int = RUNNING
-    for offset, name in enumerate(types):
+    for name in types:
         transition = TRANSITIONS.get(name)
         if transition is None:
-            raise _invalid(append, "events", detail=f"event {offset + 1} has no payload that this release knows")
-        is_first = append.expected_seq + offset == 0
-        if (is_first and not transition.may_be_first) or (name == "agent_started" and not is_first):
+            raise _invalid(append, "events", detail="an event has no payload that this release knows")
+        if not transition.may_be_first if is_first else name == "agent_started":
             raise _illegal(append, name, detail="a log begins with agent_started or its end, and nothing else does")
-        if offset > 0 and state not in transition.from_states:
+        if transitions and not transition.from_states >> state & 1:
             raise _illegal(append, name, detail="it follows an event that ends the run")
-        state = transition.to_state
-    return state
-
-
-def _mask(states: Iterable[int]) -> int:
-    return sum(1 << state for state in states)
+        transitions.append(transition)
+        state, is_first = transition.to_state, False
+    return transitions
 
 
 def _ending(name: str, event: events_pb2.RunEvent) -> Ending:

@@ -90,7 +90,7 @@ def _succeeds(entry: Entry, failed: Entry) -> bool:
 def _keys(entry: Entry) -> list[tuple[str, ...]]:
     """What two appends of one batch may not share. Of different lengths, so that no two kinds are equal."""
     append = entry.append
-    keys: list[tuple[str, ...]] = [(append.tenant_id, append.run_id)]
+    keys: list[tuple[str, ...]] = [entry.run_key]
     if entry.is_create:
         create = append.create
         keys.append((append.tenant_id, create.user_id, create.session_id))

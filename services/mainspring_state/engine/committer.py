@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter as Counts
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -27,7 +28,6 @@ BATCH_APPENDS: Final = Histogram(
     "mainspring_state_batch_appends", "Appends committed together.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 )
 APPENDS: Final = Counter("mainspring_state_appends", "Appends by what became of them.", ["outcome"])
-_COMMITTED: Final = APPENDS.labels("committed")
 
 # The connection is gone or does not answer: nobody knows what became of the statement under way.
 _LOST: Final = (*postgres.UNREACHABLE, asyncpg.InterfaceError)
@@ -155,20 +155,19 @@ class Committer:
     def _finish(self, waitings: list[Waiting], outcomes: list[Outcome]) -> None:
         deliveries = []
         for waiting, outcome in zip(waitings, outcomes, strict=True):
-            append = waiting.entry.append
             if outcome.is_ok:
-                (_COMMITTED if outcome.is_new else APPENDS.labels("repeated")).inc()
-                waiting.answer(_success(append, outcome, followed=self._creator(waiting.entry) is not None))
+                waiting.answer(_success(waiting.entry, outcome, followed=self._creator(waiting.entry) is not None))
             else:
-                APPENDS.labels(outcome.reason).inc()
                 error = refusal(waiting.entry, outcome.reason, run_id=outcome.run_id, state=outcome.state)
-                waiting.answer(_failure(append, error))
+                waiting.answer(_failure(waiting.entry.append, error))
                 if outcome.reason == "stale":
                     self._fail_successors(waiting.entry)
             delivery = self._fan_out(waiting.entry, outcome)
             if delivery is not None:
                 deliveries.append(delivery)
         self._publish(deliveries)
+        for reason, count in Counts(outcome.reason or "committed" for outcome in outcomes).items():
+            APPENDS.labels(reason).inc(count)
 
     def _creator(self, entry: Entry) -> Creator | None:
         """The follower whose start made the run, if it is connected here."""
@@ -206,13 +205,12 @@ class Committer:
         )
 
 
-def _success(append: state_pb2.Append, outcome: Outcome, *, followed: bool) -> state_pb2.AppendResult:
-    is_create = append.HasField("create")
+def _success(entry: Entry, outcome: Outcome, *, followed: bool) -> state_pb2.AppendResult:
     return state_pb2.AppendResult(
-        item_id=append.item_id,
+        item_id=entry.append.item_id,
         run_id=outcome.run_id,
         state=outcome.state,  # type: ignore[arg-type]  # the database holds numbers of the enum
-        ordinal=outcome.ordinal if is_create else 0,
+        ordinal=outcome.ordinal if entry.is_create else 0,
         last_seq=outcome.last_seq,
         repeated_key=outcome.reason == "key_repeated",
         followed=followed and outcome.reason != "key_repeated",

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from mainspring.v1 import events_pb2, state_pb2
 
-from mainspring_state.core.append import ENDED_STATES, TRANSITIONS
+from mainspring_state.core.append import TRANSITIONS
 from mainspring_state.core.feed import Feed
 
 # Tenant and run.
@@ -160,4 +160,4 @@ class EndWaiter:
 def is_terminal(event: events_pb2.RunEvent) -> bool:
     """Whether the event is the last of its log."""
     transition = TRANSITIONS.get(event.WhichOneof("payload") or "")
-    return transition is not None and transition.to_state in ENDED_STATES
+    return transition is not None and transition.is_end
