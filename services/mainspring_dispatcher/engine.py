@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
-from typing import Final
+from collections.abc import AsyncIterator
+from typing import Any, Final
 
 import grpc
 from mainspring.v1 import registry_pb2
 from mainspring_kit import telemetry
 from mainspring_kit.errors import from_rpc_error
-from mainspring_kit.tasks import raise_if_cancelled
 from prometheus_client import Counter, Gauge
 
 from mainspring_dispatcher.core.board import Board
 from mainspring_dispatcher.core.parts import Counts
 from mainspring_dispatcher.peers import Registry
+
+CatalogueCall = grpc.aio.UnaryStreamCall[Any, Any]  # Any: as grpc's own stubs
 
 TICK_SECONDS: Final = 0.1
 CATALOGUE_SILENT_SECONDS: Final = 2.0  # the registry beats four times a second
@@ -42,29 +45,39 @@ async def keep_time(board: Board) -> None:
 
 async def follow_catalogue(board: Board, registry: Registry) -> None:
     """Keeps the board's knowledge of tools in step with the registry's; a broken stream is opened again."""
-    loop = asyncio.get_running_loop()
-    revision = 0
+    revision, is_broken = 0, False
     while True:
         call = registry.watch(revision)
+        fault = "the stream ended"
         try:
-            while True:
-                async with asyncio.timeout(CATALOGUE_SILENT_SECONDS):
-                    frame = await call.read()
-                if not isinstance(frame, registry_pb2.WatchCatalogResponse):
-                    break  # the stream's end
+            async for frame in _frames(call):
                 for change in frame.tools:
-                    board.learn(change.tenant_id, change.tool, now=loop.time())
-                if frame.revision:
-                    revision = frame.revision
-                    board.catalogue_complete = True
+                    board.learn(change.tenant_id, change.tool, now=asyncio.get_running_loop().time())
+                revision = frame.revision or revision
+                board.catalogue_complete = board.catalogue_complete or frame.revision > 0
+                is_broken = False
         except TimeoutError:
-            telemetry.logger().warning("catalogue_silent", seconds=CATALOGUE_SILENT_SECONDS)
+            fault = f"no beat came for {CATALOGUE_SILENT_SECONDS:g} s"
         except grpc.aio.AioRpcError as error:
-            telemetry.logger().warning("catalogue_broken", error=str(from_rpc_error(error)))
+            fault = str(from_rpc_error(error))
         finally:
             call.cancel()
-        raise_if_cancelled()
+        if not is_broken:
+            # Each try finds it out again; saying so once is enough. At the start it is an everyday matter.
+            level = logging.WARNING if board.catalogue_complete else logging.INFO
+            telemetry.logger().log(level, "catalogue_broken", detail=fault)
+        is_broken = True
         await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
+
+
+async def _frames(call: CatalogueCall) -> AsyncIterator[registry_pb2.WatchCatalogResponse]:
+    """The stream's frames until its end; TimeoutError when it is silent for too long."""
+    while True:
+        async with asyncio.timeout(CATALOGUE_SILENT_SECONDS):
+            frame = await call.read()
+        if not isinstance(frame, registry_pb2.WatchCatalogResponse):
+            return
+        yield frame
 
 
 def _show(board: Board, shown: Counts) -> Counts:

@@ -93,7 +93,11 @@ def worker(
     """
     # As for `python -m`: modules are found where the command is given.
     sys.path.insert(0, "")
-    raise typer.Exit(asyncio.run(_worker(modules, data_dir, ready_file=ready_file)))
+    from mainspring.worker import new_loop
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        code = runner.run(_worker(modules, data_dir, ready_file=ready_file))
+    raise typer.Exit(code)
 
 
 def migrate() -> None:

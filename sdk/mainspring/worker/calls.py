@@ -39,12 +39,17 @@ class _Running:
     """One execution and all dispatches that wait for it."""
 
     call: pb.WorkerCall
-    context: ToolContext
     wanted: list[tuple[Sink, int]]
+    context: ToolContext | None = None
     is_cancelled: bool = False
     # Set while it may be stopped: moving its deadline to now is how a cancel reaches the coroutine.
     scope: asyncio.Timeout | None = None
     started: float = field(default_factory=time.perf_counter)
+
+    def ask_to_end(self) -> None:
+        """Tells a function that looks at its context."""
+        if self.context is not None:
+            self.context.cancel_flag.set()
 
 
 class Calls:
@@ -73,7 +78,7 @@ class Calls:
         identity = (call.context.tenant_id, call.call_id)
         running = self._running.get(identity)
         if running is None:
-            running = self._running[identity] = _Running(call, ToolContext.of(call), [])
+            running = self._running[identity] = _Running(call, [])
             self.idle.clear()
             self._tasks.create_task(self._run(running))
         running.wanted.append((sink, call.dispatch_id))
@@ -91,7 +96,7 @@ class Calls:
     def close(self) -> int:
         """Takes no more work into threads and asks those that run to end; answers how many do."""
         for running in self._running.values():
-            running.context.cancel_flag.set()
+            running.ask_to_end()
         self._threads.shutdown(wait=False, cancel_futures=True)
         return len(self._threads_busy)
 
@@ -150,7 +155,7 @@ class Calls:
         except ValidationError as error:
             raise _ArgumentsError(error) from error
         if declaration.context_parameter:
-            arguments[declaration.context_parameter] = running.context
+            arguments[declaration.context_parameter] = running.context = ToolContext.of(running.call)
         if declaration.is_async:
             return to_json(await declaration.function(**arguments))
         return await self._execute_in_thread(partial(declaration.function, **arguments), running)
@@ -163,7 +168,7 @@ class Calls:
         try:
             return await asyncio.shield(waiter)
         except asyncio.CancelledError:
-            running.context.cancel_flag.set()
+            running.ask_to_end()
             if not future.cancel():
                 # The thread runs on, so the call has not ended: it keeps its place and is not reported as stopped.
                 await asyncio.wait([waiter])

@@ -115,6 +115,15 @@ class Worker:
             await asyncio.wait(tasks, timeout=GOODBYE_SECONDS)
 
 
+def new_loop() -> asyncio.AbstractEventLoop:
+    """A loop for `asyncio.Runner`: uvloop's where that is installed, which halves what a call costs."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
 async def run(
     modules: Sequence[str],
     *,
