@@ -316,6 +316,7 @@ class AttachHello(_message.Message):
     WORKER_ID_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
     CONCURRENCY_FIELD_NUMBER: _builtins.int
+    KNOWN_DISPATCH_IDS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique per worker process."""
     concurrency: _builtins.int
@@ -324,16 +325,23 @@ class AttachHello(_message.Message):
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Tool]:
         """Its tools; 1 to 256."""
 
+    @_builtins.property
+    def known_dispatch_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """When it comes back: the dispatches of this dispatcher that it still runs or whose results it
+        holds; at most 20,000. The others never reached it, or their results are lost.
+        """
+
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
         tools: _abc.Iterable[_types_pb2.Tool] | None = ...,
         concurrency: _builtins.int = ...,
+        known_dispatch_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrency", b"concurrency", "tools", b"tools", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrency", b"concurrency", "known_dispatch_ids", b"known_dispatch_ids", "tools", b"tools", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
