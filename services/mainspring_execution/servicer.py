@@ -53,6 +53,8 @@ class ExecutionServicer(rpc.ExecutionServiceServicer):
     async def StartRuns(
         self, request_iterator: AsyncIterator[pb.StartRunsRequest], context: ServicerContext
     ) -> AsyncIterator[pb.StartRunsResponse]:
+        if self._runs.is_draining:
+            raise draining()  # a stream that stood would hold the process up until its drain time is over again
         replies: Replies[pb.StartResult] = Replies("StartRuns", STARTS_PER_STREAM_MAX)
 
         def receive(frame: pb.StartRunsRequest) -> None:

@@ -17,7 +17,7 @@ from mainspring.v1 import execution_pb2 as pb
 from mainspring.v1 import types_pb2
 from mainspring_execution.__main__ import Execution, wired
 from mainspring_execution.config import ExecutionSettings
-from mainspring_kit.errors import from_status
+from mainspring_kit.errors import MainspringError, from_status
 
 from test_framework.agents import call, echo_agent, scripted_agent, step
 from test_framework.gate import Gate
@@ -152,6 +152,19 @@ async def test_a_draining_executor_lets_its_runs_end(ann: Caller, settings: Exec
     events = await ann.log(run_id)
     assert names(events)[-1] == "agent_completed"
     assert "run_recovered" not in names(events)
+
+
+async def test_a_draining_executor_takes_no_new_stream(ann: Caller, settings: ExecutionSettings) -> None:
+    async def nothing() -> AsyncIterator[pb.StartRunsRequest]:
+        await asyncio.Event().wait()
+        yield pb.StartRunsRequest()
+
+    async with doomed(settings) as execution:
+        await execution.drain(0)
+        stream = execution.servicer.StartRuns(nothing(), None)  # type: ignore[arg-type]  # the context is not looked at
+        with pytest.raises(MainspringError) as refused:
+            await anext(stream)
+    assert refused.value.reason_name == "DRAINING"
 
 
 async def test_a_cancel_of_a_run_without_a_driver_is_carried_out(ann: Caller, settings: ExecutionSettings) -> None:
