@@ -19,6 +19,11 @@ function showFault(text) {
   at("fault").hidden = !text;
 }
 
+// Announced by screen readers when it changes, so it is set only then.
+function showConnection(text) {
+  if (at("connection").textContent !== text) at("connection").textContent = text;
+}
+
 function signOut(reason) {
   sessionStorage.removeItem(KEY);
   clearTimeout(state.refreshing);
@@ -26,7 +31,7 @@ function signOut(reason) {
   at("run-rows").replaceChildren();
   for (const id of ["runs", "run", "forget"]) at(id).hidden = true;
   at("credential").hidden = false;
-  at("connection").textContent = "";
+  showConnection("");
   showFault(reason);
   at("token").focus();
 }
@@ -63,10 +68,10 @@ async function refresh() {
       if (!next) break;
     }
     showRuns(runs, Boolean(next));
-    at("connection").textContent = `As of ${new Date().toLocaleTimeString()}`;
+    showConnection("Live");
     showFault("");
   } catch (error) {
-    at("connection").textContent = "Not reachable, trying again";
+    showConnection("Not reachable, trying again");
     showFault(error.message);
   }
   if (token()) state.refreshing = setTimeout(refresh, document.hidden ? REFRESH_MS * 5 : REFRESH_MS);
