@@ -188,19 +188,34 @@ class Desk:
         return stream
 
     def hand_worker(
-        self, *tools: types_pb2.Tool, tenant: str = "", worker_id: str = "", concurrency: int = 10
+        self,
+        *tools: types_pb2.Tool,
+        tenant: str = "",
+        worker_id: str = "",
+        concurrency: int = 10,
+        knows: Sequence[pb.WorkerCall] = (),
     ) -> HandWorker:
         """A worker by hand, not yet attached; without a tenant it has a service's credential."""
-        hello = pb.AttachHello(worker_id=worker_id or new_id(), tools=tools, concurrency=concurrency)
+        hello = pb.AttachHello(
+            worker_id=worker_id or new_id(),
+            tools=tools,
+            concurrency=concurrency,
+            known_dispatch_ids=[call.dispatch_id for call in knows],
+        )
         worker = HandWorker(self.stub, self.metadata(tenant), hello)
         self._streams.append(worker.stream)
         return worker
 
     async def attached(
-        self, *tools: types_pb2.Tool, tenant: str = "", worker_id: str = "", concurrency: int = 10
+        self,
+        *tools: types_pb2.Tool,
+        tenant: str = "",
+        worker_id: str = "",
+        concurrency: int = 10,
+        knows: Sequence[pb.WorkerCall] = (),
     ) -> HandWorker:
         """A worker by hand, attached."""
-        worker = self.hand_worker(*tools, tenant=tenant, worker_id=worker_id, concurrency=concurrency)
+        worker = self.hand_worker(*tools, tenant=tenant, worker_id=worker_id, concurrency=concurrency, knows=knows)
         await worker.attach()
         return worker
 

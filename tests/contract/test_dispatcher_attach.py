@@ -119,6 +119,13 @@ async def test_a_stream_without_a_hello_ends(desk: Desk, tenant: str) -> None:
     assert error_of(raised.value).reason == "REQUEST_INVALID"
 
 
+async def test_a_stream_that_says_nothing_is_ended(desk: Desk, tenant: str) -> None:
+    worker = desk.hand_worker(tool("a"), tenant=tenant)
+    with pytest.raises(grpc.RpcError) as raised:
+        await asyncio.wait_for(worker.read(), TIMEOUT)
+    assert error_of(raised.value)[:2] == (grpc.StatusCode.DEADLINE_EXCEEDED, "HELLO_MISSING")
+
+
 async def test_a_broken_workers_repeatable_call_goes_to_another(desk: Desk, tenant: str) -> None:
     first = await desk.attached(tool("act"), tenant=tenant)
     stream = desk.calls()
@@ -154,10 +161,22 @@ async def test_a_worker_that_comes_back_delivers_its_unsafe_call(desk: Desk, ten
     ids = await stream.send(make_call("pay", tenant=tenant, effect=UNSAFE))
     sent = await worker.next_call()
     worker.break_off()
-    again = await desk.attached(tool("pay", effect=UNSAFE), tenant=tenant, worker_id="same")
+    again = await desk.attached(tool("pay", effect=UNSAFE), tenant=tenant, worker_id="same", knows=[sent])
     await again.finish(sent, b'"paid"')
     (result,) = await stream.outcomes(ids)
     assert (result.status, result.result, result.attempts) == (OK, b'"paid"', 1)
+
+
+async def test_an_unsafe_call_that_a_returning_worker_does_not_know_is_lost(desk: Desk, tenant: str) -> None:
+    worker = await desk.attached(tool("pay", effect=UNSAFE), tenant=tenant, worker_id="same")
+    stream = desk.calls()
+    ids = await stream.send(make_call("pay", tenant=tenant, effect=UNSAFE))
+    await worker.next_call()
+    worker.break_off()
+    again = await desk.attached(tool("pay", effect=UNSAFE), tenant=tenant, worker_id="same")
+    (result,) = await stream.outcomes(ids)
+    assert result.error.reason == "WORKER_LOST"
+    assert again.calls == []
 
 
 async def test_attaching_again_ends_the_former_stream(desk: Desk, tenant: str) -> None:

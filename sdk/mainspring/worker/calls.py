@@ -84,6 +84,10 @@ class Calls:
         running.wanted.append((sink, call.dispatch_id))
         self._dispatches[sink, call.dispatch_id] = running
 
+    def dispatches_of(self, sink: Sink) -> list[int]:
+        """Which of a sink's dispatches are under way."""
+        return [dispatch_id for owner, dispatch_id in self._dispatches if owner is sink]
+
     def cancel(self, dispatch_id: int, sink: Sink) -> None:
         """Ends an execution: a coroutine is cancelled, a thread is asked through its context."""
         running = self._dispatches.get((sink, dispatch_id))

@@ -25,11 +25,9 @@ RECONNECT_SECONDS_MIN: Final = 0.05
 RECONNECT_SECONDS_MAX: Final = 1.0
 FRAME_ITEMS_MAX: Final = 512
 FRAME_BYTES_MAX: Final = 1 << 20
-# Outcomes written this short a time before a stream broke may not have arrived: they are sent again. The dispatcher
-# holds a worker for dead that it has not heard for 3 s.
-RESEND_SECONDS: Final = 5.0
-RESEND_ITEMS_MAX: Final = 1_000
-RESEND_BYTES_MAX: Final = 32 << 20
+# The last outcomes are kept, as many as calls are under way at most: when the stream breaks they may not have arrived,
+# and are sent again. What a broken connection can hold is less than this.
+KEPT_BYTES_MAX: Final = 32 << 20
 
 _MESSAGE_BYTES_MAX: Final = 20 << 20
 _CHANNEL_OPTIONS: Final = [
@@ -72,7 +70,7 @@ class Link:
         self._calls = calls
         self._results: deque[pb.WorkerResult] = deque()
         self._cancelled: list[str] = []
-        self._sent: deque[tuple[float, int, pb.WorkerResult]] = deque()
+        self._sent: deque[pb.WorkerResult] = deque()
         self._sent_bytes = 0
         self._draining = False
         self._leaving = False
@@ -121,7 +119,7 @@ class Link:
         call: AttachCall = rpc.DispatcherServiceStub(channel).Attach(metadata=metadata)
         try:
             async with asyncio.timeout(REGISTER_SECONDS):
-                await call.write(pb.AttachRequest(hello=self._hello))
+                await call.write(pb.AttachRequest(hello=self._make_hello()))
                 registered = await call.read()
             if not isinstance(registered, pb.AttachResponse):
                 return
@@ -138,6 +136,13 @@ class Link:
             raise group.exceptions[0] from None
         finally:
             call.cancel()
+
+    def _make_hello(self) -> pb.AttachHello:
+        hello = pb.AttachHello()
+        hello.CopyFrom(self._hello)
+        hello.known_dispatch_ids.extend(self._calls.dispatches_of(self))
+        hello.known_dispatch_ids.extend(result.dispatch_id for result in self._results)
+        return hello
 
     async def _read(self, call: AttachCall) -> None:
         while isinstance(frame := await call.read(), pb.AttachResponse):
@@ -159,7 +164,7 @@ class Link:
                 self._changed.clear()
                 now = loop.time()
                 frame = pb.AttachRequest(
-                    results=self._take(now), cancelled_call_ids=self._cancelled, draining=self._draining
+                    results=self._take(), cancelled_call_ids=self._cancelled, draining=self._draining
                 )
                 self._cancelled = []
                 if now >= beat_time:
@@ -172,28 +177,23 @@ class Link:
         except _BROKEN:
             return
 
-    def _take(self, now: float) -> list[pb.WorkerResult]:
-        """A frame's worth of outcomes; they are kept a moment, in case the stream breaks before they arrive."""
+    def _take(self) -> list[pb.WorkerResult]:
+        """A frame's worth of outcomes."""
         taken: list[pb.WorkerResult] = []
         frame_bytes = 0
         while self._results and len(taken) < FRAME_ITEMS_MAX and frame_bytes < FRAME_BYTES_MAX:
             result = self._results.popleft()
-            size = len(result.result)
-            frame_bytes += size
+            frame_bytes += len(result.result)
             taken.append(result)
-            self._sent.append((now, size, result))
-            self._sent_bytes += size
-        while self._sent and (
-            self._sent[0][0] < now - RESEND_SECONDS
-            or len(self._sent) > RESEND_ITEMS_MAX
-            or self._sent_bytes > RESEND_BYTES_MAX
-        ):
-            self._sent_bytes -= self._sent.popleft()[1]
+        self._sent.extend(taken)
+        self._sent_bytes += frame_bytes
+        while len(self._sent) > self._hello.concurrency or (self._sent_bytes > KEPT_BYTES_MAX and len(self._sent) > 1):
+            self._sent_bytes -= len(self._sent.popleft().result)
         return taken
 
     def _take_back(self) -> None:
         """The stream broke: what was sent last goes out again first. The dispatcher drops what it has."""
-        self._results.extendleft(result for _, _, result in reversed(self._sent))
+        self._results.extendleft(reversed(self._sent))
         self._sent.clear()
         self._sent_bytes = 0
 

@@ -151,13 +151,7 @@ class Board:
         self._wake_at(now + SILENT_SECONDS)
         for key in worker.keys:
             self._offers.setdefault(key, []).append(worker)
-        for dispatch_id, call in worker.calls.items():
-            if call is None or call.cancelled_time is not None:
-                link.cancel(dispatch_id)
-            elif call.dispatch_id == 0:
-                # It has been put back in line, but here it may still run, or have run.
-                self.lines.remove(call)
-                call.dispatch_id = dispatch_id
+        self._take_up(worker, link, known=frozenset(hello.known_dispatch_ids), now=now)
         self._fill(worker, now)
         return worker
 
@@ -174,6 +168,10 @@ class Board:
         self._withdraw(worker, now)
         worker.link = None
         worker.seen = now
+        if not (returns and worker.calls):
+            self._bury(worker, now)
+            return
+        self._wake_at(now + RETURN_SECONDS)
         # Backwards, since each goes to the front of its line.
         for dispatch_id, call in reversed(list(worker.calls.items())):
             if call is None or call.dispatch_id != dispatch_id:
@@ -182,10 +180,6 @@ class Board:
                 self._settle(call, outcomes.cancelled(call.key[1], call.message.call_id), now=now)
             elif call.repeatable and call.executions < EXECUTIONS_MAX:
                 self._place(call, now)
-        if returns and worker.calls:
-            self._wake_at(now + RETURN_SECONDS)
-        else:
-            self._bury(worker, now)
 
     def finish(self, worker: Worker, result: pb.WorkerResult, *, now: float) -> None:
         """A worker's word on how a call ended. A dispatch that was given up is matched by its id or counted as late."""
@@ -339,20 +333,42 @@ class Board:
                     self.lines.desert(key, now)
                     self._wake_at(now + UNKNOWN_SECONDS)
 
+    def _take_up(self, worker: Worker, link: Link, *, known: frozenset[int], now: float) -> None:
+        """Goes on with what a returning worker knows, and without what it does not."""
+        for dispatch_id, call in reversed(list(worker.calls.items())):
+            if dispatch_id not in known:
+                self._lose(worker, dispatch_id, now=now)
+            elif call is None or call.cancelled_time is not None:
+                link.cancel(dispatch_id)
+            elif call.dispatch_id == 0:
+                # It has been put back in line, but here it still runs, or has run.
+                self.lines.remove(call)
+                call.dispatch_id = dispatch_id
+
     def _bury(self, worker: Worker, now: float) -> None:
-        """The worker will not come back: calls that only it could finish are lost."""
+        """The worker will not come back."""
         self._workers.pop((worker.tenant_id, worker.worker_id), None)
         if worker.calls:
             self.counts.workers_lost += 1
-        for dispatch_id, call in list(worker.calls.items()):
-            if call is None:
-                continue
-            call.workers.pop(dispatch_id, None)
-            if call.dispatch_id == dispatch_id:
-                self._settle(
-                    call, outcomes.lost(call.key[1], call.message.call_id, executions=call.executions), now=now
-                )
-        worker.calls.clear()
+        # Backwards, since each may go to the front of its line.
+        for dispatch_id in reversed(list(worker.calls)):
+            self._lose(worker, dispatch_id, now=now)
+
+    def _lose(self, worker: Worker, dispatch_id: int, *, now: float) -> None:
+        """The worker will not answer this dispatch: the call goes to another one, or is lost."""
+        call = worker.calls.pop(dispatch_id)
+        if call is None:
+            return
+        call.workers.pop(dispatch_id, None)
+        if call.dispatch_id != dispatch_id:
+            return  # it waits, or runs elsewhere
+        if call.cancelled_time is not None:
+            self._settle(call, outcomes.cancelled(call.key[1], call.message.call_id), now=now)
+        elif call.repeatable and call.executions < EXECUTIONS_MAX:
+            self._place(call, now)
+        else:
+            outcome = outcomes.lost(call.key[1], call.message.call_id, executions=call.executions)
+            self._settle(call, outcome, now=now)
 
     def _settle(self, call: Call, outcome: pb.WorkerResult, *, now: float, acknowledged: bool = False) -> None:
         """The call's one end: answers all who wait, ends what else runs of it."""

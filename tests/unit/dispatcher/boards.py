@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mainspring.v1 import dispatcher_pb2 as pb
@@ -77,12 +78,18 @@ class Play:
         tenant: str = "",
         concurrency: int = 10,
         effect: types_pb2.EffectClass.ValueType = PURE,
+        knows: Sequence[pb.WorkerCall] = (),
     ) -> tuple[Worker, FakeLink]:
         link = FakeLink()
         declared = [types_pb2.Tool(name=name, effect=effect) for name in tools]
         for tool in declared:
             self.board.learn(tenant, tool, now=self.now)
-        hello = pb.AttachHello(worker_id=worker_id, tools=declared, concurrency=concurrency)
+        hello = pb.AttachHello(
+            worker_id=worker_id,
+            tools=declared,
+            concurrency=concurrency,
+            known_dispatch_ids=[call.dispatch_id for call in knows],
+        )
         return self.board.attach(tenant, hello, link=link, now=self.now), link
 
     def call(

@@ -50,7 +50,7 @@ def test_an_unsafe_call_waits_for_a_worker_whose_stream_broke(play: Play) -> Non
     play.board.detach(worker, link, now=play.now, returns=True)
     play.pass_time(2)
     assert play.caller.answers == []
-    again, link_again = play.attach("w", "pay", effect=UNSAFE)
+    again, link_again = play.attach("w", "pay", effect=UNSAFE, knows=link.calls)
     assert again is worker
     assert link_again.calls == []
     play.finish(again, link.calls[0])
@@ -101,7 +101,7 @@ def test_the_first_result_of_two_executions_counts_and_ends_the_other(play: Play
     second, second_link = play.attach("w2", "echo")
     play.board.detach(first, link, now=play.now, returns=True)
     assert second_link.call_ids == ["c1"]
-    first_again, _ = play.attach("w1", "echo")
+    first_again, _ = play.attach("w1", "echo", knows=link.calls)
     play.finish(first_again, link.calls[0], b'"first"')
     assert play.caller.only.result == b'"first"'
     assert second_link.cancelled == [second_link.calls[0].dispatch_id]
@@ -115,7 +115,7 @@ def test_a_worker_that_returns_goes_on_with_what_nobody_else_took(play: Play) ->
     play.call("c1")
     play.board.detach(worker, link, now=play.now, returns=True)
     play.pass_time(1)
-    again, again_link = play.attach("w", "echo")
+    again, again_link = play.attach("w", "echo", knows=link.calls)
     _, other = play.attach("w2", "echo")
     assert (again_link.calls, other.calls) == ([], [])
     assert play.board.lines.count == 0
@@ -123,11 +123,56 @@ def test_a_worker_that_returns_goes_on_with_what_nobody_else_took(play: Play) ->
     assert (play.caller.only.status, play.caller.only.attempts) == (1, 1)
 
 
+def test_a_repeatable_call_that_never_reached_the_worker_is_sent_again(play: Play) -> None:
+    worker, link = play.attach("w", "echo", concurrency=2)
+    play.call("c1")
+    play.call("c2")
+    play.board.detach(worker, link, now=play.now, returns=True)
+    again, again_link = play.attach("w", "echo", concurrency=2, knows=link.calls[1:])
+    assert again_link.call_ids == ["c1"]
+    assert again_link.calls[0].dispatch_id not in (call.dispatch_id for call in link.calls)
+    play.finish(again, again_link.calls[0])
+    play.finish(again, link.calls[1])
+    assert play.caller.reasons == ["TOOL_STATUS_OK", "TOOL_STATUS_OK"]
+    assert len(again.calls) == 0
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_an_unsafe_call_that_a_returning_worker_does_not_know_is_lost(play: Play, returns: bool) -> None:
+    worker, link = play.attach("w", "pay", effect=UNSAFE)
+    play.call("c1", "pay", effect=UNSAFE)
+    if returns:
+        play.board.detach(worker, link, now=play.now, returns=True)
+    _, again = play.attach("w", "pay", effect=UNSAFE)
+    assert again.calls == []
+    assert play.caller.reasons == ["WORKER_LOST"]
+
+
+def test_a_cancelled_call_that_a_returning_worker_does_not_know_has_stopped(play: Play) -> None:
+    worker, link = play.attach("w", "pay", effect=UNSAFE)
+    play.call("c1", "pay", effect=UNSAFE)
+    play.attach("w", "pay", effect=UNSAFE, knows=link.calls)
+    told = play.cancel("c1")
+    play.attach("w", "pay", effect=UNSAFE)
+    assert play.caller.reasons == ["TOOL_CANCELLED"]
+    assert [outcome.found for outcome in told] == [True]
+    assert worker.calls == {}
+
+
+def test_places_that_nobody_knows_of_are_free_again(play: Play) -> None:
+    worker, link = play.attach("w", "echo", concurrency=1)
+    play.call("c1", seconds=1)
+    play.pass_time(1.1, worker)
+    play.board.detach(worker, link, now=play.now, returns=True)
+    again, _ = play.attach("w", "echo", concurrency=1)
+    assert again.takes_calls
+
+
 def test_a_worker_that_returns_and_breaks_off_again_passes_its_call_on(play: Play) -> None:
     worker, link = play.attach("w", "echo")
     play.call("c1")
     play.board.detach(worker, link, now=play.now, returns=True)
-    again, again_link = play.attach("w", "echo")
+    again, again_link = play.attach("w", "echo", knows=link.calls)
     play.board.detach(again, again_link, now=play.now, returns=True)
     _, other = play.attach("w2", "echo")
     assert other.call_ids == ["c1"]
@@ -139,7 +184,7 @@ def test_a_worker_that_returns_is_told_of_calls_that_nobody_wants_any_more(play:
     second, second_link = play.attach("w2", "echo")
     play.board.detach(first, link, now=play.now, returns=True)
     play.finish(second, second_link.calls[0])
-    again, again_link = play.attach("w1", "echo", concurrency=1)
+    again, again_link = play.attach("w1", "echo", concurrency=1, knows=link.calls)
     assert again_link.cancelled == [link.calls[0].dispatch_id]
     assert not again.takes_calls, "its place is free only when it says that the execution ended"
 
@@ -148,7 +193,7 @@ def test_a_worker_that_returns_is_told_of_calls_that_nobody_wants_any_more(play:
 def test_attaching_again_replaces_the_stream(play: Play, tenant: str) -> None:
     worker, old = play.attach("w", "echo", tenant=tenant)
     play.call("c1")
-    again, new = play.attach("w", "echo", tenant=tenant)
+    again, new = play.attach("w", "echo", tenant=tenant, knows=old.calls)
     assert again is worker
     assert len(old.faults) == 1
     play.board.detach(worker, old, now=play.now, returns=True)  # the old stream's end changes nothing
@@ -205,7 +250,7 @@ def test_a_cancelled_call_of_a_broken_worker_leaves_the_line(play: Play) -> None
     told = play.cancel("c1")
     _, other = play.attach("w2", "echo")
     assert other.calls == []
-    _, again = play.attach("w1", "echo")
+    _, again = play.attach("w1", "echo", knows=link.calls)
     assert again.cancelled == [link.calls[0].dispatch_id]
     assert told == []
 

@@ -38,13 +38,21 @@ class BoardMachine(RuleBasedStateMachine):
         self.asked += 1
         self.play.call(f"c{self.asked}", tool, tenant=tenant, effect=TOOLS[tool], seconds=seconds, item_id=self.asked)
 
-    @rule(tenant=st.sampled_from(["", *TENANTS]), number=numbers, concurrency=st.integers(1, 3))
-    def attach(self, tenant: str, number: int, concurrency: int) -> None:
+    @rule(
+        tenant=st.sampled_from(["", *TENANTS]), number=numbers, concurrency=st.integers(1, 3), forgetful=st.booleans()
+    )
+    def attach(self, tenant: str, number: int, concurrency: int, forgetful: bool) -> None:
         link = FakeLink()
         declared = [types_pb2.Tool(name=name, effect=effect) for name, effect in TOOLS.items()]
         for tool in declared:
             self.play.board.learn(tenant, tool, now=self.play.now)
-        hello = pb.AttachHello(worker_id=f"w{number}", tools=declared, concurrency=concurrency)
+        seen = [call.dispatch_id for owner, former in self.links if owner == tenant for call in former.calls]
+        hello = pb.AttachHello(
+            worker_id=f"w{number}",
+            tools=declared,
+            concurrency=concurrency,
+            known_dispatch_ids=[] if forgetful else seen,
+        )
         self.links.append((tenant, link))
         worker = self.play.board.attach(tenant, hello, link=link, now=self.play.now)
         self.attached[tenant, number] = (worker, link)
