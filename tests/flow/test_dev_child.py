@@ -35,6 +35,7 @@ async def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
     async with supervised(launch(tmp_path), record) as child:
         await child.serving.wait()
         await child.signal(signal.SIGKILL)
+        assert not child.serving.is_set()
         await asyncio.wait_for(child.serving.wait(), 5)
         assert len(record.starts) == 2
         assert record.ends == [(-signal.SIGKILL, 0.0)]

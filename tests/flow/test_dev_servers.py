@@ -99,16 +99,21 @@ async def test_a_stop_with_open_connections_is_quick_and_clean(data: Path, socke
         await child.stop(seconds=10)
         assert process.returncode == 0
         connection.terminate()
-    assert "database system is shut down" in data.with_name("postgres.log").read_text()
+    assert "received fast shutdown request" in data.with_name("postgres.log").read_text()
 
 
-async def test_a_lock_file_left_by_a_killed_server_does_not_stop_the_next(data: Path, sockets: Path) -> None:
-    # The pid of this very process: alive, but no PostgreSQL.
-    stale = (str(os.getpid()), str(data), "1700000000", "5432", str(sockets), "", "  1  1", "ready   ")
+async def test_a_lock_file_left_by_a_killed_server_does_not_stop_the_next(
+    made_folder: Path, data: Path, sockets: Path
+) -> None:
+    # Its pid is another's now, alive and of the server's own account, but no PostgreSQL.
+    other = await asyncio.create_subprocess_exec("sleep", "60", user=_owner(made_folder))
+    stale = (str(other.pid), str(data), "1700000000", "5432", str(sockets), "", "  1  1", "ready   ")
     (data / "postmaster.pid").write_text("\n".join(stale) + "\n")
     (sockets / ".s.PGSQL.5432.lock").write_text("\n".join(stale) + "\n")
     async with running_postgres(data, sockets) as child:
         assert postgres.running_pid(data) == child.pid
+    other.kill()
+    await other.wait()
 
 
 def test_data_of_another_postgres_is_refused_and_named(data: Path) -> None:
@@ -150,3 +155,7 @@ async def test_valkey_is_bounded_keeps_nothing_and_comes_back_empty(tmp_path: Pa
         assert await client.dbsize() == 0
         await client.aclose()
     assert sorted(os.listdir(tmp_path)) == ["valkey.log"]  # noqa: PTH208  # what is left, by name
+
+
+def _owner(path: Path) -> int:
+    return path.stat().st_uid

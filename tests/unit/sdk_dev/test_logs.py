@@ -66,11 +66,19 @@ async def test_new_lines_are_followed_whole_and_old_ones_are_not_shown(tmp_path:
             await wait_until(lambda: len(seen) == 2, what="two whole lines")
             file.write("o\n")
         await wait_until(lambda: len(seen) == 3, what="the line that was cut")
+        with path.open("a") as file:
+            file.write("thr")
+            file.flush()
+            # Read in the same pass, after state.log.
+            (tmp_path / "worker.log").write_text("between\n")
+            await wait_until(lambda: seen[3:] == ["worker: between"], what="a pass over both")
+            file.write("ee\n")
+        await wait_until(lambda: seen[4:] == ["state: three"], what="the line that was written in two parts")
         path.write_text("after\n")
-        await wait_until(lambda: len(seen) == 4, what="the line after the log was emptied")
+        await wait_until(lambda: len(seen) == 6, what="the line after the log was emptied")
         task.cancel()
     assert sorted(seen[:2]) == ["gateway: first", "state: one"]
-    assert seen[2:] == ["state: two", "state: after"]
+    assert (seen[2], seen[5]) == ("state: two", "state: after")
 
 
 async def test_a_large_log_is_moved_aside_under_its_writer(tmp_path: Path) -> None:
