@@ -23,7 +23,10 @@ STALE_SECONDS: Final = 1.0
 AGENTS_MAX: Final = 100_000
 TOOLS_MAX: Final = 100_000
 PREPARED_MAX: Final = 4_096
+RECONNECT_SECONDS_MIN: Final = 0.05
 RECONNECT_SECONDS_MAX: Final = 1.0
+# The registry beats four times a second.
+SILENT_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +55,23 @@ class Catalog:
 
     async def watch(self) -> None:
         """Keeps the copy up to date, as long as it is awaited."""
-        delay = 0.05
+        delay = RECONNECT_SECONDS_MIN
         while True:
+            call = self._registry.watch(self._revision)
             try:
-                async for change in self._registry.watch(self._revision):
+                while True:
+                    async with asyncio.timeout(SILENT_SECONDS):
+                        change = await call.read()
+                    if not isinstance(change, registry_pb2.WatchCatalogResponse):
+                        break
                     self.apply(change)
-                    delay = 0.05
+                    delay = RECONNECT_SECONDS_MIN
+            except TimeoutError:
+                telemetry.logger().warning("catalog_silent", seconds=SILENT_SECONDS)
             except grpc.aio.AioRpcError as error:
                 telemetry.logger().warning("catalog_lost", code=error.code().name)
+            finally:
+                call.cancel()
             raise_if_cancelled()
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, RECONNECT_SECONDS_MAX)

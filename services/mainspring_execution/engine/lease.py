@@ -16,6 +16,8 @@ from mainspring_execution.peers import BeatCall, State, first_of
 
 BEAT_SECONDS: Final = 1.0
 BEAT_ANSWER_SECONDS: Final = 1.0
+# So many beats without an answer are enough to try another instance.
+UNANSWERED_MAX: Final = 2
 # Until state has said how long it holds an executor for alive.
 LEASE_SECONDS_DEFAULT: Final = 3.0
 # What a clock, a pause or a frame under way may cost between the last check and the effect.
@@ -92,7 +94,7 @@ class Lease:
                         )
                     self.address = address
                     await self._pause()
-                    if len(self._sent_times) > self._lease_seconds / BEAT_SECONDS:
+                    if len(self._sent_times) >= UNANSWERED_MAX:
                         raise TimeoutError
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
@@ -113,8 +115,9 @@ class Lease:
         async for response in call:
             if response.HasField("lease"):
                 self._lease_seconds = max(MARGIN_SECONDS, response.lease.ToNanoseconds() / 1e9)
-            sent_time = self._sent_times.pop(response.beat, None)
+            sent_time = self._sent_times.get(response.beat)
             if sent_time is not None:
+                self._sent_times = {beat: sent for beat, sent in self._sent_times.items() if beat > response.beat}
                 self._acknowledge(sent_time)
             for request in response.inputs:
                 if self._take_input is not None:
