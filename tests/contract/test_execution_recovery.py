@@ -186,3 +186,22 @@ async def test_twenty_runs_in_mid_call_all_go_on(ann: Caller, settings: Executio
     for run_id in run_ids:
         assert (await ann.end_of(run_id)).state == types_pb2.RUN_STATE_COMPLETED
         assert names(await ann.log(run_id)).count("tool_completed") == 1
+
+
+async def test_an_executor_at_its_bound_refuses_with_a_time_to_come_back(
+    ann: Caller, contract_environment: dict[str, Any]
+) -> None:
+    await ann.register(scripted_agent("brief", step("Hm.", delay="600ms"), DONE))
+    async with doomed(ExecutionSettings(**contract_environment, runs_max=1)) as execution:
+        run_id = await start_on(execution, ann, agent="brief")
+        refused: list[pb.StartResult] = []
+        execution.runs.start(pb.StartItem(item_id=7), refused.append)
+        error = from_status(refused[0].status)
+        assert (error.reason_name, error.metadata, error.retry_after_seconds) == (
+            "QUEUE_FULL",
+            {"queue": "runs", "limit": "1"},
+            1.0,
+        )
+        await ann.end_of(run_id)
+        await wait_until(lambda: execution.runs.room == 1)
+        await ann.end_of(await start_on(execution, ann, agent="brief"))
