@@ -28,6 +28,7 @@ ENDED_STATES: Final = frozenset({COMPLETED, FAILED, CANCELLED, TIMED_OUT})
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # The last second of the year 9999, where calendars of databases and languages still agree.
 _SECONDS_MAX: Final = 253_402_300_799
+_POLICIES: Final = frozenset(types_pb2.SessionPolicy.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +232,8 @@ def _check_create(append: state_pb2.Append, types: tuple[str, ...]) -> None:
     for field in ("user_id", "session_id", "executor_id"):
         if not 1 <= len(getattr(create, field)) <= ID_CHARACTERS_MAX:
             raise _invalid(append, f"create.{field}", detail=f"it has 1 to {ID_CHARACTERS_MAX} characters")
+    if create.policy not in _POLICIES:
+        raise _invalid(append, "create.policy", detail="it is none that this release knows")
     if len(create.idempotency_key) > ID_CHARACTERS_MAX:
         raise _invalid(append, "create.idempotency_key", detail=f"it has at most {ID_CHARACTERS_MAX} characters")
     if not 0 <= create.deadline.seconds <= _SECONDS_MAX or not 0 <= create.deadline.nanos < 1_000_000_000:

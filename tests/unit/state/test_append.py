@@ -144,9 +144,10 @@ def test_an_event_of_another_run_or_without_payload_is_refused() -> None:
         ({"session_id": "s" * 129}, "create.session_id"),
         ({"executor_id": ""}, "create.executor_id"),
         ({"idempotency_key": "k" * 129}, "create.idempotency_key"),
+        ({"policy": 77}, "create.policy"),
     ],
 )
-def test_a_malformed_create_is_refused(change: dict[str, str], field: str) -> None:
+def test_a_malformed_create_is_refused(change: dict[str, Any], field: str) -> None:
     asked = create()
     for name, value in change.items():
         setattr(asked.create, name, value)

@@ -26,6 +26,8 @@ $roles$;
 
 CREATE SCHEMA IF NOT EXISTS state;
 
+-- No CHECK constraints on what an append writes: PostgreSQL prepares them anew for every statement; core checks before.
+
 -- A user's conversation. head_run_id: the run whose turn it is; waiting: how many stand in `queued` behind it.
 CREATE TABLE state.sessions (
   head_run_id uuid,
@@ -33,11 +35,11 @@ CREATE TABLE state.sessions (
   run_count bigint NOT NULL DEFAULT 0,
   create_time timestamptz NOT NULL DEFAULT now(),
   update_time timestamptz NOT NULL DEFAULT now(),
-  waiting integer NOT NULL DEFAULT 0 CHECK (waiting >= 0),
-  policy smallint NOT NULL CHECK (policy BETWEEN 1 AND 4),
-  tenant_id text COLLATE "C" NOT NULL CHECK (tenant_id <> ''),
-  user_id text COLLATE "C" NOT NULL CHECK (user_id <> ''),
-  session_id text COLLATE "C" NOT NULL CHECK (session_id <> ''),
+  waiting integer NOT NULL DEFAULT 0,
+  policy smallint NOT NULL,
+  tenant_id text COLLATE "C" NOT NULL,
+  user_id text COLLATE "C" NOT NULL,
+  session_id text COLLATE "C" NOT NULL,
   title text NOT NULL DEFAULT '',
   request_id text COLLATE "C" NOT NULL DEFAULT '',
   PRIMARY KEY (tenant_id, user_id, session_id)
@@ -60,7 +62,7 @@ CREATE TABLE state.runs (
   deadline timestamptz,
   takeovers integer NOT NULL DEFAULT 0,
   stalled integer NOT NULL DEFAULT 0,
-  state smallint NOT NULL CHECK (state BETWEEN 1 AND 8),
+  state smallint NOT NULL,
   tenant_id text COLLATE "C" NOT NULL,
   user_id text COLLATE "C" NOT NULL,
   session_id text COLLATE "C" NOT NULL,
@@ -81,7 +83,7 @@ CREATE INDEX runs_of_session ON state.runs (tenant_id, user_id, session_id, run_
 -- The log. `event` is the serialized RunEvent; the columns beside it are what is queried. Run ids are ordered by time.
 CREATE TABLE state.events (
   run_id uuid NOT NULL,
-  seq bigint NOT NULL CHECK (seq > 0),
+  seq bigint NOT NULL,
   event_time timestamptz NOT NULL,
   append_id uuid NOT NULL,
   tenant_id text COLLATE "C" NOT NULL,
@@ -533,7 +535,7 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
     AND l.claim_state_id IS NOT NULL
 $body$;
 
--- Leases one run to an executor under its next epoch, if it has not ended; null otherwise. takes_over: it had a holder.
+-- Leases one run to an executor under its next epoch, if it has not ended; null otherwise. takes_over: its holder died.
 -- A run that executors left stalled_max times without a new event is leased to the state process itself.
 CREATE FUNCTION state.take_run(
   a_tenant_id text, a_run_id uuid, executor text, a_state_id text, stalled_max integer, takes_over boolean
@@ -602,7 +604,10 @@ BEGIN
   room := least(page_max, credit - (
     SELECT count(*) FROM state.leases l WHERE l.claim_seq IS NOT NULL AND l.executor_id = executor));
   FOR entry IN
-    SELECT l.tenant_id, l.run_id FROM state.leases l
+    SELECT l.tenant_id, l.run_id,
+      NOT EXISTS (
+        SELECT FROM state.executors e WHERE e.executor_id = l.executor_id AND e.executor_id <> ALL (silent)) AS is_dead
+    FROM state.leases l
     WHERE l.executor_id = ANY (silent)
       OR (greatest(l.create_time, connected) + full_lease <= moment AND (
         NOT EXISTS (SELECT FROM state.executors e WHERE e.executor_id = l.executor_id)
@@ -614,7 +619,7 @@ BEGIN
             WHERE r.tenant_id = l.tenant_id AND r.run_id = l.run_id AND r.last_seq = l.claim_seq))))
     LIMIT greatest(room, 0) FOR UPDATE SKIP LOCKED
   LOOP
-    run := state.take_run(entry.tenant_id, entry.run_id, executor, a_state_id, stalled_max, true);
+    run := state.take_run(entry.tenant_id, entry.run_id, executor, a_state_id, stalled_max, entry.is_dead);
     CONTINUE WHEN run.run_id IS NULL;
     room := room - 1;
     RETURN NEXT run;
