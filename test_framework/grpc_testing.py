@@ -19,7 +19,6 @@ from mainspring_kit.interceptors import Guard
 
 from test_framework.loop_thread import LoopThread
 
-STOP_SECONDS = 5.0
 # The kit's; two servers on one port would share it in silence.
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -122,9 +121,9 @@ class AioServerFacade:
         self._loop.run(self._start())
 
     def stop(self, grace: float | None = None) -> None:
-        """Stops the server; calls under way get `grace` seconds."""
+        """Stops the server; calls under way get `grace` seconds, or are cancelled at once, as grpc.Server does."""
         if self._server is not None:
-            self._loop.run(self._server.stop(grace if grace is not None else STOP_SECONDS))
+            self._loop.run(self._server.stop(grace))
             self._server = None
 
     async def _start(self) -> None:
