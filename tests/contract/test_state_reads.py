@@ -132,6 +132,7 @@ async def test_runs_are_listed_by_session_agent_and_state(executor: Executor, re
     assert await listed(agent="other") == [two]
     assert await listed(states=[types_pb2.RUN_STATE_RUNNING, types_pb2.RUN_STATE_QUEUED]) == [one]
     assert await listed(session_id="one", agent="other") == []
+    assert await listed(states=[1 << 20]) == []
 
 
 async def test_a_log_is_read_in_pages(executor: Executor, reader: Reader) -> None:
@@ -239,6 +240,9 @@ async def test_malformed_session_requests_are_refused(reader: Reader) -> None:
         ("CreateSession", state_pb2.CreateSessionRequest(title="x" * 201)),
         ("GetSession", state_pb2.GetSessionRequest()),
         ("ListSessions", state_pb2.ListSessionsRequest(page_token="x")),
+        ("CreateSession", state_pb2.CreateSessionRequest(session_id="a\x00b")),
+        ("GetSession", state_pb2.GetSessionRequest(session_id="a\x00b")),
+        ("ListRuns", state_pb2.ListRunsRequest(agent="a\x00b")),
     ):
         assert await reader.refused(method, request) == "REQUEST_INVALID"
     assert await reader.refused("CreateSession", state_pb2.CreateSessionRequest(), role="viewer") == "ROLE_REQUIRED"

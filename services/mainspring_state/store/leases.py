@@ -11,7 +11,7 @@ from mainspring.v1 import state_pb2, types_pb2
 from mainspring_kit import postgres
 from mainspring_kit.identity import UserExecutionContext
 
-from mainspring_state.store.rows import to_input, to_run
+from mainspring_state.store.rows import storable, to_input, to_run
 
 STALLED_MAX: Final = 3
 CLAIM_PAGE_MAX: Final = 64
@@ -124,7 +124,7 @@ class Leases:
         asked.CopyFrom(run_input)
         for field in ("request_id", "run_id", "tenant_id", "requested_by"):
             asked.ClearField(field)
-        with postgres.reachable():
+        with postgres.reachable(), storable():
             row = await self._pool.fetchrow(
                 _SQL["put_input"],
                 user.tenant_id,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ import asyncpg
 import orjson
 from google.protobuf.timestamp_pb2 import Timestamp
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
+from mainspring_kit.errors import MainspringError, Reason
 
 # Any: what a column holds; its type is the migration's to say.
 Row = Mapping[str, Any] | asyncpg.Record
@@ -82,6 +84,18 @@ def to_input(row: Row) -> state_pb2.RunInput:
 def to_event(event: bytes) -> events_pb2.RunEvent:
     """The event of a row of `events`."""
     return events_pb2.RunEvent.FromString(event)
+
+
+@contextmanager
+def storable() -> Iterator[None]:
+    """Turns a value of the caller's that no column can hold, such as a NUL in a text, into REQUEST_INVALID."""
+    try:
+        yield
+    except asyncpg.DataError as error:
+        detail = str(error).splitlines()[0]
+        raise MainspringError(
+            Reason.REQUEST_INVALID, f"A value of the request cannot be stored: {detail}: correct it.", field=""
+        ) from error
 
 
 def _of_json(text: str | None, message: type[Any]) -> Any:
