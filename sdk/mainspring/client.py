@@ -21,6 +21,7 @@ import aiohttp
 
 SUBPROTOCOL: Final = "mainspring.v1.json"
 TERMINAL: Final = frozenset({"agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"})
+ENDED: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 # Close codes after which the same socket may be opened again; 4429 and 1013 after a delay like the others.
 RETRYABLE_CLOSE: Final = frozenset({1001, 1006, 1011, 1012, 1013, 4008, 4408, 4429})
 REQUEST_SECONDS: Final = 30.0
@@ -216,23 +217,33 @@ class Client:
         """Sends `first` until a run is known, from then on follows the run from its position."""
         backoff = _Backoff()
         while True:
+            opening = first if not position.run_id else position.frame()
+            after_seq = position.after_seq
             try:
-                async with aclosing(self._frames(first if not position.run_id else position.frame())) as frames:
+                async with aclosing(self._frames(opening)) as frames:
                     async for frame in frames:
                         backoff.reset()
-                        if frame["op"] == "error":
-                            raise _refusal(frame)
-                        if frame["op"] == "started":
-                            position.run_id = frame["run_id"]
-                        if frame["op"] == "event" and position.passes(frame):
-                            event = _event(frame)
-                            yield event
-                            if event.is_terminal:
+                        match frame["op"]:
+                            case "error":
+                                raise _refusal(frame)
+                            case "started":
+                                position.run_id = frame["run_id"]
+                            case "event" if position.passes(frame):
+                                event = _event(frame)
+                                yield event
+                                if event.is_terminal:
+                                    return
+                            case "caught_up" if position.after_seq == after_seq and await self._has_ended(position):
                                 return
             except GatewayUnreachableError:
                 if backoff.is_exhausted():
                     raise
             await asyncio.sleep(backoff.next_seconds())
+
+    async def _has_ended(self, position: _Position) -> bool:
+        """Whether a log that was followed from its end, or from beyond it, has nothing more to come."""
+        run = await self.get_run(position.run_id)
+        return run["state"] in ENDED and run["last_seq"] <= position.after_seq
 
     async def _frames(self, first: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Opens a socket, sends a frame and yields what comes, until a close after which one may come back."""

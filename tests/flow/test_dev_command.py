@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import stat
+import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from test_framework.waiting import wait_until_blocking
-from tests.flow.dev_command import DevCommand, json_lines, mainspring, running_dev
+from tests.flow.dev_command import MAINSPRING, DevCommand, environment, json_lines, mainspring, running_dev
 from tests.flow.supervising import lives
 
 LOOKUP = Path(__file__).parents[2] / "examples" / "lookup" / "agent.yaml"
@@ -37,6 +38,24 @@ apiVersion: mainspring/v1
 kind: Agent
 name: failing
 model: {provider: scripted, script: [{fail: {code: INTERNAL, message: The model is broken.}}]}
+"""
+SHOP = """
+from mainspring import tool
+
+@tool(name="shop.stock", effect="pure")
+def stock(article: str) -> dict[str, int]:
+    return {"pieces": {"tea": 12}[article]}
+"""
+CLERK = """
+apiVersion: mainspring/v1
+kind: Agent
+name: clerk
+model:
+  provider: scripted
+  script:
+    - calls: [{tool: shop.stock, arguments: {article: "{{input.article}}"}}]
+    - result: "{{calls[0].result}}"
+tools: [shop.stock]
 """
 STOP_ORDER = ("worker", "gateway", "execution", "dispatcher", "registry", "state")
 
@@ -197,6 +216,33 @@ def test_what_exists_is_listed(dev: DevCommand) -> None:
     assert json.loads(dev.run("agents", "get", "lookup", "--json").stdout)["spec"]["model"]["provider"] == "scripted"
     assert "name: lookup" in dev.run("agents", "get", "lookup").stdout
     assert "diagnostics.echo" in dev.run("tools", "list").stdout
+
+
+def test_the_schema_can_be_migrated_again_by_hand(dev: DevCommand) -> None:
+    done = mainspring("migrate", cwd=dev.folder, MAINSPRING_OWNER_DATABASE_URL=dev.ready()["database_url"])
+    assert (done.returncode, done.stdout) == (0, "state: migrated\nregistry: migrated\n")
+    broken = mainspring("migrate", cwd=dev.folder, MAINSPRING_OWNER_DATABASE_URL="postgresql://nobody@127.0.0.1:9/x")
+    assert broken.returncode == 1
+    assert "migration of state failed" in broken.stderr
+
+
+def test_a_worker_by_hand_finds_the_dispatcher_and_its_modules_here(dev: DevCommand, tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(SHOP)
+    (tmp_path / "clerk.yaml").write_text(CLERK)
+    command = [*MAINSPRING, "worker", "shop", "--data-dir", str(dev.data_dir)]
+    with (tmp_path / "worker.log").open("wb") as log:
+        worker = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
+    try:
+        wait_until_blocking(lambda: "shop.stock" in dev.run("tools", "list").stdout, what="the tool of the worker")
+        dev.run("apply", "-f", str(tmp_path / "clerk.yaml"))
+        done = dev.run("run", "clerk", "--input", '{"article": "tea"}')
+        assert done.returncode == 0, done.stdout
+        assert '"pieces": 12' in done.stdout
+    finally:
+        worker.terminate()
+        exit_code = worker.wait(20)
+    assert exit_code == 0
+    assert "Traceback" not in (tmp_path / "worker.log").read_text()
 
 
 def test_a_token_is_signed_with_the_secret_of_the_folder(dev: DevCommand) -> None:

@@ -11,11 +11,24 @@ import pytest
 import yaml
 from mainspring import Client
 from mainspring.dev import StartError, stack
+from mainspring.embedded import postgres, valkey
 
 from test_framework.waiting import wait_until
-from tests.flow.supervising import lives
+from tests.flow.supervising import Record, lives, supervised
 
 LOOKUP = yaml.safe_load((Path(__file__).parents[2] / "examples" / "lookup" / "agent.yaml").read_text())
+SLOW = {
+    **LOOKUP,
+    "name": "slow",
+    "model": {
+        "provider": "scripted",
+        "script": [
+            {"text": "One.", "calls": [{"tool": "diagnostics.sleep", "arguments": {"seconds": 3}}]},
+            {"text": "Two.", "result": {"done": True}},
+        ],
+    },
+    "tools": ["diagnostics.sleep"],
+}
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -61,6 +74,47 @@ async def test_replicas_serve_and_what_is_killed_or_stopped_comes_back_with_all_
         pids = [pid for found in running.pids.values() for pid in found]
     assert not any(map(lives, pids))
     assert not ready_file.exists()
+
+
+async def test_a_client_whose_gateway_dies_sees_every_event_once_and_starts_nothing_twice() -> None:
+    async with stack() as running, Client(running.gateway, running.token) as client:
+        await client.apply(SLOW)
+        seen = []
+        async for event in client.stream("slow", session_id="s", idempotency_key="once"):
+            seen.append(event.frame)
+            if event.type == "tool_executing":
+                await running.kill("gateway")
+        assert [frame["seq"] for frame in seen] == list(range(1, len(seen) + 1))
+        assert seen[-1]["data"]["result"] == {"done": True}
+        # The same start again is the same run, from its first event.
+        assert [event.frame async for event in client.stream("slow", session_id="s", idempotency_key="once")] == seen
+        assert len((await client.list_runs(session_id="s"))["runs"]) == 1
+        run_id = seen[0]["run_id"]
+        assert [event.frame async for event in client.follow(run_id, after_seq=2)] == seen[2:]
+        assert [event.frame async for event in client.follow(run_id, after_seq=len(seen))] == []
+
+
+async def test_servers_that_are_named_are_used_instead_of_the_embedded_ones(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sockets = tmp_path_factory.mktemp("s")
+    data, log = tmp_path / "postgres", tmp_path / "server.log"
+    await postgres.initialize(data)
+    async with (
+        supervised(postgres.launch(data, sockets, log=log), Record()) as database,
+        supervised(valkey.launch(tmp_path, sockets / "valkey.sock", log=log), Record()) as cache,
+    ):
+        await database.serving.wait()
+        await cache.serving.wait()
+        database_url, redis_url = postgres.url(sockets), valkey.url(sockets / "valkey.sock")
+        async with stack(data_dir=tmp_path / "data", database_url=database_url, redis_url=redis_url) as running:
+            assert not {"postgres", "redis"} & set(running.pids)
+            assert running.database_url == database_url
+            async with Client(running.gateway, running.token) as client:
+                await client.apply(LOOKUP)
+                assert (await client.run("lookup", {"value": 1})).data["result"] == {"answer": 1}
+        assert database.pid is not None
+        assert not running.folder.postgres.exists()
 
 
 async def test_a_stack_of_its_own_folder_leaves_none_and_passes_errors_on_as_they_are() -> None:

@@ -136,13 +136,14 @@ class Child:
             )
 
     async def _announce(self, process: asyncio.subprocess.Process, started: float) -> None:
-        try:
-            await self.launch.ready(process.pid)
-        except TimeoutError as error:
-            if not self._has_served:
-                raise StartError(f"{self.launch.label} runs but does not serve. {self._last_words()}") from error
-            process.kill()
-            return
+        while True:
+            try:
+                await self.launch.ready(process.pid)
+                break
+            except TimeoutError as error:
+                # Later it may have to wait for another that is down: that is no reason to end it.
+                if not self._has_served:
+                    raise StartError(f"{self.launch.label} runs but does not serve. {self._last_words()}") from error
         self._has_served = True
         self.serving.set()
         self._owner.serving(self, seconds=time.monotonic() - started)

@@ -8,11 +8,12 @@ import json
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from mainspring.embedded.launch import StartError
 
@@ -20,6 +21,8 @@ DEFAULT: Final = Path(".mainspring")
 
 # A unix socket's path has at most 107 bytes on Linux, 103 on macOS; the longest name below is `.s.PGSQL.5432`.
 _SOCKET_FOLDER_BYTES_MAX: Final = 85
+_LOCK_TRIES: Final = 5
+_LOCK_SECONDS: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Folder:
         self.postgres = self.path / "postgres"
         self.valkey = self.path / "valkey"
         self.logs = self.path / "logs"
+        self._sockets = self.path / "run"
         self.ready_file = self.path / "ready.json"
 
     @contextmanager
@@ -45,10 +49,7 @@ class Folder:
         """Holds the folder; StartError names the process and the address of whoever holds it already."""
         self._make()
         with (self.path / "lock").open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StartError(self._held()) from error
+            self._take(file)
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "gateway": gateway}))
             file.flush()
@@ -93,9 +94,10 @@ class Folder:
             ) from error
 
     def sockets(self) -> Path:
-        """Where unix sockets go: here, or where a path is short enough for them."""
-        if len(os.fsencode(self.path)) <= _SOCKET_FOLDER_BYTES_MAX:
-            return self.path
+        """Where unix sockets go, for the owner's eyes only: here, or where a path is short enough for them."""
+        if len(os.fsencode(self._sockets)) <= _SOCKET_FOLDER_BYTES_MAX:
+            self._sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return self._sockets
         name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
         short = Path(tempfile.gettempdir()) / f"mainspring-{os.geteuid()}-{name}"
         short.mkdir(mode=0o700, exist_ok=True)
@@ -123,6 +125,16 @@ class Folder:
         """The ready file of the stack that runs here; Any: JSON."""
         found: dict[str, Any] = json.loads(self.ready_file.read_text(encoding="utf-8"))
         return found
+
+    def _take(self, file: TextIO) -> None:
+        for _ in range(_LOCK_TRIES):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                # Perhaps only `is_held`, which lets go at once.
+                time.sleep(_LOCK_SECONDS)
+        raise StartError(self._held())
 
     def _make(self) -> None:
         try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.status import Status
 from rich.text import Text
 
 from mainspring.dev.child import Child
@@ -38,7 +38,6 @@ class Screen:
     def __init__(self, console: Console, *, least_level: str) -> None:
         self._console = console
         self._least_level = least_level
-        self._status: Status | None = None
         self._is_up = False
         self._is_stopping = False
         self._shown: dict[tuple[str, str], float] = {}
@@ -47,17 +46,14 @@ class Screen:
         """The first line."""
         self._console.print(Text.assemble(("Mainspring", "bold"), f" starts; its data is in {data_dir}"))
 
-    def step_began(self, what: str) -> None:
-        """Shows that it is under way, where a line can be taken back."""
-        if self._console.is_terminal:
-            self._status = self._console.status(f"{what} …")
-            self._status.start()
-
-    def step_ended(self, what: str, *, seconds: float) -> None:
-        """Leaves one line of it."""
-        if self._status is not None:
-            self._status.stop()
-        self._console.print(Text.assemble("  ", (f"{what:<{_WIDTH}}", ""), (f"{seconds:6.2f} s", "dim")))
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Shows that it is under way, where a line can be taken back, and leaves one line of it."""
+        started = time.monotonic()
+        with self._console.status(f"{what} …") if self._console.is_terminal else nullcontext():
+            yield
+        seconds = time.monotonic() - started
+        self._console.print(Text.assemble("  ", f"{what:<{_WIDTH}}", (f"{seconds:6.2f} s", "dim")), soft_wrap=True)
 
     def serving(self, child: Child, *, seconds: float) -> None:
         """Says that a process is back; at the start its step says so."""
@@ -77,7 +73,7 @@ class Screen:
         console.print(Text(f"Ready in {seconds:.1f} s.", style="bold green"))
         console.print()
         console.print(Text.assemble("  Console   ", (f"{stack.gateway}/", "bold cyan")))
-        console.print("  Token     a development key: user developer, admin of the tenant dev, for 7 days")
+        console.print("  Token     a development key, good for 7 days: developer, admin of the tenant dev")
         console.print(Text(stack.token), soft_wrap=True)
         console.print()
         console.print(Text("  In another terminal here: mainspring tools list, mainspring apply -f FILE"))
@@ -87,8 +83,6 @@ class Screen:
     def stopping(self) -> None:
         """The start of the end."""
         self._is_stopping = True
-        if self._status is not None:
-            self._status.stop()
         self._console.print("Stopping everything, in order; the data stays.")
 
     async def show(self, lines: AsyncIterator[LogLine]) -> None:

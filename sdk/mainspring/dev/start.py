@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -102,20 +101,20 @@ class _Start:
         folder = self._running.folder
         sockets = folder.sockets()
         if embed_redis:
-            with self._step("Valkey"):
+            with self._witness.step("Valkey"):
                 launch = valkey.launch(folder.valkey, sockets / "valkey.sock", log=folder.log("redis"))
                 await self._running.bring_up([launch], tasks=tasks, parent_fd=self._parent_fd)
         if embed_postgres:
             if not postgres.is_initialized(folder.postgres):
-                with self._step("PostgreSQL, making its data folder"):
+                with self._witness.step("PostgreSQL, making its data folder"):
                     await postgres.initialize(folder.postgres)
-            with self._step("PostgreSQL"):
+            with self._witness.step("PostgreSQL"):
                 launch = postgres.launch(folder.postgres, sockets, log=folder.log("postgres"))
                 await self._running.bring_up([launch], tasks=tasks, parent_fd=self._parent_fd)
 
     async def migrate(self) -> None:
         """Brings both schemas to their newest version."""
-        with self._step("migrations"):
+        with self._witness.step("migrations"):
             async with asyncio.TaskGroup() as tasks:
                 for service in plans.WITH_DATABASE:
                     tasks.create_task(_migrate(self._running.plan, self._running.folder, service=service))
@@ -128,15 +127,8 @@ class _Start:
         if plan.workers is not None:
             launches.append(plans.worker_launch(plan, folder))
             what += ", worker"
-        with self._step(what):
+        with self._witness.step(what):
             await self._running.bring_up(launches, tasks=tasks, parent_fd=self._parent_fd)
-
-    @contextmanager
-    def _step(self, what: str) -> Iterator[None]:
-        self._witness.step_began(what)
-        started = time.monotonic()
-        yield
-        self._witness.step_ended(what, seconds=time.monotonic() - started)
 
 
 async def _migrate(plan: Plan, folder: Folder, *, service: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -11,11 +12,9 @@ if TYPE_CHECKING:
 class Witness(Protocol):
     """What can be seen of a stack from outside."""
 
-    def step_began(self, what: str) -> None:
-        """A step of the start is under way."""
-
-    def step_ended(self, what: str, *, seconds: float) -> None:
-        """The step is done."""
+    def step(self, what: str) -> AbstractContextManager[None]:
+        """A step of the start is under way within the block, and done when the block ends without an error."""
+        ...
 
     def serving(self, child: Child, *, seconds: float) -> None:
         """A process serves, so long after its start."""
@@ -27,11 +26,9 @@ class Witness(Protocol):
 class Silent:
     """Watches, and says nothing."""
 
-    def step_began(self, what: str) -> None:
+    def step(self, what: str) -> AbstractContextManager[None]:
         """Nothing."""
-
-    def step_ended(self, what: str, *, seconds: float) -> None:
-        """Nothing."""
+        return nullcontext()
 
     def serving(self, child: Child, *, seconds: float) -> None:
         """Nothing."""
