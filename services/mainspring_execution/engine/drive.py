@@ -40,7 +40,7 @@ MODEL_ATTEMPTS_MAX: Final = 3
 MODEL_RETRY_SECONDS: Final = 0.1
 REACH_SECONDS: Final = 0.25
 MENDS_MAX: Final = 3
-FAULTS_MAX: Final = 2
+FAULTS_MAX: Final = 3
 HISTORY_RUNS_MAX: Final = 100
 
 # What can only be said of an append's own value: the run ends without it.
@@ -137,18 +137,20 @@ class Drive:
     async def _drive(self) -> None:
         """Advances to the end; what goes wrong in between ends the run, and if that goes wrong too, gives it up."""
         await self._wait_durable()
-        faults = 0
-        while faults < FAULTS_MAX:
+        failure: types_pb2.RunError | None = None
+        for _ in range(FAULTS_MAX):
             try:
-                if not await self._advance():
-                    return
+                if failure is not None and not self._journal.progress.ended:
+                    await self._ending.failed(failure)
+                while await self._advance():
+                    pass
+                return
             except MainspringError as error:
-                faults += 1
-                await self._ending.failed(error_value(error))
+                failure = error_value(error)
             except Exception as fault:  # a fault of ours in one run must not end the others
-                faults += 1
                 telemetry.logger().error("run_faulted", run_id=self._run.run_id, exc_info=fault)
-                await self._ending.failed(error_value(internal_fault(self._run.run_id)))
+                failure = error_value(internal_fault(self._run.run_id))
+        telemetry.logger().error("run_given_up", run_id=self._run.run_id, faults=FAULTS_MAX)
         self.attention.abandon()
 
     async def _advance(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Final
 
 from google.rpc import code_pb2
 from mainspring.v1 import events_pb2, state_pb2
-from mainspring_kit.errors import MainspringError, from_status
+from mainspring_kit.errors import MainspringError, from_status, to_status
 from mainspring_kit.identity import new_id
 
 from mainspring_execution.core.progress import Progress
@@ -108,7 +108,12 @@ class Journal:
         if self.is_settled:
             # All appends of a run go one way; it may change only while none is unanswered.
             self._state_id = self._appends.pick_instance(self._state_id) or self._state_id
-        future = self._appends.post(append, instance_id=self._state_id)
+        try:
+            future = self._appends.post(append, instance_id=self._state_id)
+        except MainspringError as error:
+            # The queue to state is full: as if state had said so.
+            future = asyncio.get_running_loop().create_future()
+            future.set_result(state_pb2.AppendResult(status=to_status(error)))
         self._unanswered.append((append, future))
         future.add_done_callback(self._take_answer)
 
