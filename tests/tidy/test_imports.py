@@ -37,7 +37,7 @@ CORE_FORBIDDEN = (
     "threading",
 )
 # Libraries that compute and do nothing else.
-CORE_LIBRARIES = ("google", "mainspring.v1", "mainspring_kit.errors", "orjson", "jsonschema", "yaml")
+CORE_LIBRARIES = ("google", "mainspring.v1", "mainspring_kit.errors", "orjson", "jsonschema", "pydantic_core", "yaml")
 
 
 def _allowed(package: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from mainspring_kit.errors import MainspringError, Reason
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.progress import Progress
 from mainspring_execution.core.record import error_value
+from mainspring_execution.core.schema import first_fault
 
 TAKEOVERS_WITHOUT_EVENT_MAX: Final = 3
 
@@ -85,18 +86,28 @@ def check_takeover(progress: Progress, *, run_id: str) -> MainspringError | None
     )
 
 
-def check_result(plan: AgentPlan, result: bytes) -> MainspringError | None:
-    """RESULT_INVALID when the result does not match the agent's output_schema."""
+def check_result(plan: AgentPlan, result: bytes, *, steps_max: int) -> MainspringError | None:
+    """RESULT_INVALID when the result does not match the agent's output_schema; TooCostlyError after so many steps."""
     if plan.output_schema is None:
         return None
-    fault = next(plan.output_schema.iter_errors(orjson.loads(result)), None)
+    fault = first_fault(plan.output_schema, orjson.loads(result), steps_max=steps_max)
     if fault is None:
         return None
     return MainspringError(
         Reason.RESULT_INVALID,
         f"The result of agent {plan.agent} version {plan.version} does not match its output_schema at "
-        f"{fault.json_path}: {fault.message[:500]}. Register a version whose result or schema is right.",
-        path=fault.json_path,
+        f"{fault.path}: {fault.message[:500]}. Register a version whose result or schema is right.",
+        path=fault.path,
+    )
+
+
+def result_unchecked(plan: AgentPlan) -> MainspringError:
+    """RESULT_INVALID for a result that could not be checked within the bounds."""
+    return MainspringError(
+        Reason.RESULT_INVALID,
+        f"The result of agent {plan.agent} version {plan.version} takes too many steps to check against its "
+        "output_schema, or nests too deep. Register a version whose schema or result is simpler.",
+        path="$",
     )
 
 

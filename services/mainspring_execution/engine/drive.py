@@ -187,7 +187,7 @@ class Drive:
         elif isinstance(decision, CallModel):
             await self._call_model(agent.model, decision.step)
         elif isinstance(decision, Finish):
-            self._ending.completed(agent.plan, decision.result)
+            await self._ending.completed(agent.plan, decision.result)
         elif isinstance(decision, Fail):
             await self._ending.failed(decision.error)
         else:

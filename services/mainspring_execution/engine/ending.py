@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import new_id
 
-from mainspring_execution.core.decision import check_result
+from mainspring_execution.core.decision import check_result, result_unchecked
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.record import (
     COMPLETION,
@@ -22,12 +25,19 @@ from mainspring_execution.core.record import (
     to_ms,
     usage,
 )
+from mainspring_execution.core.schema import TooCostlyError
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
 from mainspring_execution.engine.journal import Journal
 from mainspring_execution.peers import CANCEL_SECONDS
 
 STOP_SECONDS: Final = 1.0
+# A step takes some 20 µs. Checks that take more than a moment go on in a thread, one after the other, so that however
+# many there are the loop has half of the time.
+STEPS_AT_ONCE: Final = 500
+STEPS_MAX: Final = 100_000
+
+_CHECKS: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checks")
 
 
 class Ending:
@@ -53,10 +63,13 @@ class Ending:
         if stage not in self._marks:
             self._marks[stage] = time.perf_counter()
 
-    def completed(self, plan: AgentPlan, result: bytes) -> None:
+    async def completed(self, plan: AgentPlan, result: bytes) -> None:
         """agent_completed, or agent_failed / RESULT_INVALID."""
         self.mark(POSTPROCESSING)
-        error = check_result(plan, result)
+        try:
+            error = check_result(plan, result, steps_max=STEPS_AT_ONCE)
+        except TooCostlyError:
+            error = await _check_at_length(plan, result)
         if error is not None:
             self._end_failed(error_value(error))
             return
@@ -144,6 +157,14 @@ class Ending:
         self._attention.is_ending = True
         self._journal.record(**payload)
         self._journal.flush([consumed_request_id] if consumed_request_id else [])
+
+
+async def _check_at_length(plan: AgentPlan, result: bytes) -> MainspringError | None:
+    check = partial(check_result, plan, result, steps_max=STEPS_MAX)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_CHECKS, check)
+    except TooCostlyError:
+        return result_unchecked(plan)
 
 
 def _call_cancelled() -> MainspringError:

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 from mainspring_kit.errors import Violation
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from mainspring_registry.core.document import JsonValue, path_of
 
@@ -17,6 +18,9 @@ DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _META: Final = Draft202012Validator(
     Draft202012Validator.META_SCHEMA, format_checker=Draft202012Validator.FORMAT_CHECKER
 )
+_UNBOUNDED: Final = frozenset({"unevaluatedItems", "unevaluatedProperties"})
+# Keywords whose members have names, and are schemas.
+_NAMED: Final = ("properties", "patternProperties", "$defs", "dependentSchemas")
 _SHOWN_CHARACTERS_MAX: Final = 80
 _FAULT_CHARACTERS_MAX: Final = 300
 _TYPE_NAMES: Final = {
@@ -47,6 +51,39 @@ def schema_faults(schema: JsonValue, path: str) -> list[Violation]:
         for error in _META.iter_errors(schema)
     ]
     return faults or list(_reference_faults(schema, path))
+
+
+def cost_faults(schema: JsonValue, path: str) -> Iterator[Violation]:
+    """What of a schema could not be checked in bounded time: patterns that need to go back, and unevaluated members."""
+    pending: list[tuple[JsonValue, tuple[str | int, ...]]] = [(schema, ())]
+    while pending:
+        inner, parts = pending.pop()
+        if isinstance(inner, list):
+            pending.extend((item, (*parts, index)) for index, item in enumerate(inner))
+        if not isinstance(inner, dict):
+            continue
+        pending.extend((item, (*parts, key)) for key, item in inner.items())
+        if parts and parts[-1] in _NAMED:
+            continue  # its keys are names that the author chose
+        for key in _UNBOUNDED & inner.keys():
+            yield Violation(
+                _join(path, path_of([*parts, key])), "is not taken: name the members in properties or items"
+            )
+        patterns = [inner["pattern"]] if isinstance(inner.get("pattern"), str) else []
+        if isinstance(inner.get("patternProperties"), dict):
+            patterns += inner["patternProperties"]
+        for pattern in patterns:
+            if fault := _pattern_fault(pattern):
+                yield Violation(_join(path, path_of([*parts, "pattern"])), fault)
+
+
+def _pattern_fault(pattern: str) -> str:
+    """Why an engine that never goes back, and so takes linear time, does not take a pattern; empty: it does."""
+    try:
+        SchemaValidator(core_schema.str_schema(pattern=pattern, strict=True))
+    except SchemaError as error:
+        return _cut(f"{_show(pattern)} is not taken: {str(error).splitlines()[-1].strip().removeprefix('error: ')}")
+    return ""
 
 
 def _reference_faults(schema: dict[str, JsonValue], path: str) -> Iterator[Violation]:

@@ -11,7 +11,7 @@ from mainspring.v1 import types_pb2
 from mainspring_kit.errors import MainspringError, Reason, Violation
 
 from mainspring_registry.core.document import DocumentError, JsonValue, read_document, read_json, write_canonical
-from mainspring_registry.core.schema import faults_of, schema_faults
+from mainspring_registry.core.schema import cost_faults, faults_of, schema_faults
 
 SPEC_BYTES_MAX: Final = 256 << 10
 DELAY_SECONDS_MAX: Final = 3_600.0
@@ -34,7 +34,7 @@ def read_agent(document: bytes, schema: Draft202012Validator) -> types_pb2.Agent
         raise _invalid([error.violation]) from error
     faults = faults_of(spec, schema)
     if isinstance(spec, dict) and isinstance(output_schema := spec.get("output_schema"), dict):
-        faults += schema_faults(output_schema, "output_schema")
+        faults += schema_faults(output_schema, "output_schema") or list(cost_faults(output_schema, "output_schema"))
     if faults := faults or list(_check_meaning(spec)):
         raise _invalid(faults)
     canonical = write_canonical(spec).encode()

@@ -33,5 +33,5 @@ def test_limits_have_defaults_and_bounds() -> None:
 
 def test_a_schema_that_is_none_is_refused() -> None:
     with pytest.raises(MainspringError) as raised:
-        plan(output_schema={"type": "nonsense"})
+        plan(output_schema=["nonsense"])
     assert raised.value.metadata["field"] == "output_schema"

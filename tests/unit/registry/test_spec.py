@@ -174,6 +174,13 @@ def test_right_specifications_are_taken(document: Spec) -> None:
         (spec(output_schema=True), "output_schema", "must be an object, not true or false"),
         (spec(output_schema={"type": "objekt"}), "output_schema.type", "is no JSON Schema"),
         (spec(output_schema={"$ref": "https://elsewhere.test"}), "output_schema.$ref", "must point into this schema"),
+        (spec(output_schema={"items": {"pattern": "(a)\\1"}}), "output_schema.items.pattern", "backreferences"),
+        (spec(output_schema={"patternProperties": {"(?=a)": {}}}), "output_schema.pattern", "look-around"),
+        (
+            spec(output_schema={"allOf": [{"unevaluatedProperties": False}]}),
+            "output_schema.allOf[0].unevaluatedProperties",
+            "is not taken",
+        ),
     ],
 )
 def test_wrong_specifications_are_refused_with_the_path(document: Spec | bytes, field: str, description: str) -> None:
