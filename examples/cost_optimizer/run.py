@@ -13,7 +13,6 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mainspring import ApiError, Client, Event
 from mainspring.cli.output import EventPrinter
 from mainspring.dev import StartError, stack
@@ -53,7 +52,7 @@ async def optimize(bill: Path, console: Console) -> Event:
         stack(data_dir=DATA_DIR, workers=[TOOLS], extra_env={"PYTHONPATH": path}, witness=witness) as running,
         Client(running.gateway, running.token) as client,
     ):
-        await client.apply(yaml.safe_load((HERE / "agent.yaml").read_text(encoding="utf-8")))
+        await client.apply((HERE / "agent.yaml").read_text(encoding="utf-8"))
         console.print(f"\nThe agent cost-optimizer reads {bill}\n")
         printer = EventPrinter()
         async with aclosing(client.stream("cost-optimizer", {"bill": str(bill)})) as events:

@@ -195,16 +195,22 @@ class Client:
         """Asks for the end of a run: durable when this returns, carried out soon after."""
         return await self.request("POST", f"/v1/runs/{run_id}:cancel", body={"reason": reason} if reason else {})
 
-    async def apply(self, document: Mapping[str, Any]) -> dict[str, Any]:
-        """Registers an agent from its specification; the same again changes nothing."""
+    async def apply(self, document: Mapping[str, Any] | str) -> dict[str, Any]:
+        """Registers an agent from its specification, an object or a YAML or JSON text; the same again changes nothing.
+
+        A text is read by the registry alone, which is stricter than YAML libraries are.
+        """
         return await self.request("POST", "/v1/agents", body=document)
 
     async def request(
         self, method: str, path: str, *, body: Any = None, query: Mapping[str, str] | Sequence[tuple[str, str]] = ()
     ) -> dict[str, Any]:
-        """One HTTP call of the gateway's; ApiError for anything but success. Any: JSON."""
+        """One HTTP call of the gateway's; ApiError for anything but success. A body that is text is YAML. Any: JSON."""
+        content: dict[str, Any] = {"json": body}
+        if isinstance(body, str):
+            content = {"data": body.encode(), "headers": {"Content-Type": "application/yaml"}}
         try:
-            async with self._open().request(method, self._url + path, json=body, params=query) as answer:
+            async with self._open().request(method, self._url + path, params=query, **content) as answer:
                 text = await answer.text()
                 if answer.status < 400:
                     found: dict[str, Any] = json.loads(text)

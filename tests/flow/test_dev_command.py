@@ -286,6 +286,33 @@ def test_a_refused_specification_is_told_fault_by_fault(dev: DevCommand, tmp_pat
     assert "model.provider" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (SLEEPER.replace("kind: Agent", "kind: Agent\nkind: Agent"), "'kind' twice"),
+        (SLEEPER.replace("name: sleeper", "name: sleeper\ndescription: {"), "is neither YAML nor JSON"),
+        ("- a list\n", "SPEC_INVALID"),
+    ],
+)
+def test_the_registry_reads_a_document_as_it_is_written(dev: DevCommand, tmp_path: Path, wrong: str, told: str) -> None:
+    (tmp_path / "agents.yaml").write_text(f"# two of them\n---\n{SLEEPER}\n---\n{wrong}")
+    refused = dev.run("apply", "-f", str(tmp_path / "agents.yaml"))
+    assert refused.returncode == 1
+    assert "agents.yaml#2 was refused; those before it were applied." in refused.stderr
+    assert told in refused.stderr
+    lines = [int(number) for number in re.findall(r"line (\d+)", refused.stderr)]
+    assert all(number > SLEEPER.count("\n") + 3 for number in lines)
+    tabbed = '{"apiVersion": "mainspring/v1",\n\t"kind": "Agent", "name": "tabbed", "description": "no",\n'
+    (tmp_path / "agent.json").write_text(tabbed + '\t"model": {"provider": "scripted", "script": [{"result": 1}]}}\n')
+    assert "tabbed version 1" in dev.run("apply", "-f", str(tmp_path / "agent.json")).stdout
+    (tmp_path / "yes.yaml").write_text(
+        SLEEPER.replace("name: sleeper", "name: willing\nlabels: {awake: yes}").replace("\n\n", "\n")
+    )
+    assert dev.run("apply", "-f", str(tmp_path / "yes.yaml")).returncode == 0
+    shown = json.loads(dev.run("agents", "get", "willing", "--json").stdout)
+    assert shown["labels"] == {"awake": "yes"}
+
+
 def test_without_a_platform_a_command_says_how_to_start_one(tmp_path: Path) -> None:
     lost = mainspring("runs", "list", cwd=tmp_path)
     assert lost.returncode == 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 import yaml
@@ -15,6 +16,11 @@ from mainspring.cli.connection import DATA_DIR, AsJson, DataDir, connect
 from mainspring.cli.output import print_json, print_table
 from mainspring.client import ApiError, Client
 from mainspring.embedded.launch import StartError
+
+# The line `---` begins a document, whatever stands around it.
+_DOCUMENT_START: Final = re.compile(r"^---(?=\s|$)", re.MULTILINE)
+# A line that says something, be it wrong.
+_CONTENT: Final = re.compile(r"^\s*[^\s#]", re.MULTILINE)
 
 agents = typer.Typer(help="Look at agents.", no_args_is_help=True, rich_markup_mode="markdown")
 tools = typer.Typer(help="Look at tools.", no_args_is_help=True, rich_markup_mode="markdown")
@@ -107,34 +113,35 @@ def list_tools(*, as_json: AsJson = False, data_dir: DataDir = DATA_DIR) -> None
     print_table(["NAME", "EFFECT", "SHARED", "DESCRIPTION"], rows, empty="No tools: mainspring worker MODULE")
 
 
-def _documents(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each document with where it stands; Any: what YAML holds."""
+def _documents(name: str) -> Iterator[tuple[str, str]]:
+    """The text of each document with where it stands."""
     if name == "-":
-        yield from _parse("standard input", sys.stdin.read())
+        yield from _split("standard input", sys.stdin.read())
         return
     path = Path(name)
     try:
         if path.is_dir():
             for file in sorted(p for p in path.rglob("*") if p.suffix in (".yaml", ".yml", ".json")):
-                yield from _parse(str(file), file.read_text(encoding="utf-8"))
+                yield from _split(str(file), file.read_text(encoding="utf-8"))
         else:
-            yield from _parse(name, path.read_text(encoding="utf-8"))
+            yield from _split(name, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"{name} can't be read: {error}. Nothing was applied.") from error
 
 
-def _parse(where: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
-    except yaml.YAMLError as error:
-        raise StartError(f"{where} is not YAML or JSON: {error}. Nothing was applied.") from error
-    for number, document in enumerate(documents, start=1):
-        if not isinstance(document, dict):
-            raise StartError(f"{where}, document {number}, is not an object. Nothing was applied.")
-        yield f"{where}#{number}" if len(documents) > 1 else where, document
+def _split(where: str, text: str) -> Iterator[tuple[str, str]]:
+    """Each document as it is written, for the registry alone reads it; empty lines keep the numbers of the lines."""
+    found = []
+    lines_before = 0
+    for part in _DOCUMENT_START.split(text):
+        if _CONTENT.search(part):
+            found.append("\n" * lines_before + part)
+        lines_before += part.count("\n")
+    for number, document in enumerate(found, start=1):
+        yield f"{where}#{number}" if len(found) > 1 else where, document
 
 
-async def _apply(client: Client, documents: list[tuple[str, dict[str, Any]]], *, as_json: bool) -> None:
+async def _apply(client: Client, documents: list[tuple[str, str]], *, as_json: bool) -> None:
     async with client:
         for where, document in documents:
             try:
@@ -142,11 +149,10 @@ async def _apply(client: Client, documents: list[tuple[str, dict[str, Any]]], *,
             except ApiError as error:
                 text = f"{where} was refused; those before it were applied. {error}"
                 raise ApiError(text, code=error.code, reason=error.reason, metadata=error.metadata) from error
-            agent = answer.get("agent", answer)
             if as_json:
                 print_json(answer, is_line=True)
             else:
-                what = "is new" if answer.get("created", True) else "is as it was"
+                agent, what = answer["agent"], "is new" if answer["created"] else "is as it was"
                 sys.stdout.write(f"agent {agent['name']} version {agent['version']} {what}\n")
 
 

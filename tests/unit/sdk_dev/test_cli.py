@@ -41,15 +41,12 @@ def test_the_whole_has_help_with_exit_codes_and_where_it_looks() -> None:
     assert "Exit codes: 0" in text
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [("a: [", "is not YAML or JSON"), ("- a\n", "document 1, is not an object"), ("", "holds no document")],
-)
-def test_a_document_that_is_none_is_named(tmp_path: Path, text: str, told: str) -> None:
+@pytest.mark.parametrize("text", ["", "\n---\n# nothing yet\n---\n"])
+def test_a_file_without_a_document_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "agent.yaml").write_text(text)
     done = CliRunner().invoke(app, ["apply", "-f", str(tmp_path / "agent.yaml")])
     assert done.exit_code == 1
-    assert told in str(done.exception)
+    assert "holds no document" in str(done.exception)
     assert "agent.yaml" in str(done.exception)
 
 
