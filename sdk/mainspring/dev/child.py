@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from mainspring.embedded.launch import Launch, StartError
 
 # A process that lived this long has earned an immediate restart; the others wait longer each time.
-STEADY_SECONDS: Final = 10.0
+STEADY_SECONDS: Final = 3.0
 RESTART_SECONDS_MAX: Final = 10.0
 STOP_SECONDS_MAX: Final = 10.0
 

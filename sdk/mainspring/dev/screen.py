@@ -73,7 +73,7 @@ class Screen:
         console.print(Text(f"Ready in {seconds:.1f} s.", style="bold green"))
         console.print()
         console.print(Text.assemble("  Console   ", (f"{stack.gateway}/", "bold cyan")))
-        console.print("  Token     a development key, good for 7 days: developer, admin of the tenant dev")
+        console.print("  Token     a development key for 7 days: developer, admin of tenant dev")
         console.print(Text(stack.token), soft_wrap=True)
         console.print()
         console.print(Text("  In another terminal here: mainspring tools list, mainspring apply -f FILE"))

@@ -49,8 +49,8 @@ async def stack(
 
     Without a data folder it has one of its own, gone at the end. `workers` are modules with tools, beside the
     diagnostic ones that are always there; None: no worker. `log_level` is the least that processes write to their log
-    files; `extra_env` goes to every process but the two servers.
-    Without URLs it brings its own PostgreSQL and Valkey. StartError says why it can't start.
+    files; `extra_env` goes to every process but the two servers. Without URLs it brings its own PostgreSQL and Valkey.
+    StartError says why it can't start.
     """
     async with AsyncExitStack() as held:
         folder = Folder(data_dir or Path(held.enter_context(_temporary())))
@@ -151,6 +151,7 @@ async def _migrate(plan: Plan, folder: Folder, *, service: str) -> None:
     finally:
         if process.returncode is None:
             process.kill()
+            await process.wait()
     if returncode != 0:
         raise StartError(
             f"The migration of {service} failed with exit code {returncode}; nothing else was started. "

@@ -162,10 +162,10 @@ async def _run(program: str, *arguments: str, text: str = "") -> None:
     try:
         async with asyncio.timeout(READY_SECONDS_MAX):
             output, _ = await process.communicate(text.encode())
-    except BaseException:
+    finally:
         if process.returncode is None:
             process.kill()
-        raise
+            await process.wait()
     if process.returncode != 0:
         raise StartError(f"PostgreSQL can't make its data folder: {program} said:\n{output.decode().strip()}")
 
