@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 
+from mainspring.tokens import user_token
 from mainspring_kit.identity import (
     CONTEXT_KEY,
     ServiceTokens,
     UserExecutionContext,
-    mint_token,
     new_id,
 )
 
@@ -47,9 +47,7 @@ class Identities:
 
     def token(self, tenant_id: str, user_id: str, role: str = "runner", *, ttl_seconds: int = TOKEN_SECONDS) -> str:
         """A user's token; a negative `ttl_seconds` makes one that has expired."""
-        return mint_token(
-            self.auth_secret, tenant_id=tenant_id, user_id=user_id, roles=(role,), ttl_seconds=ttl_seconds
-        )
+        return user_token(self.auth_secret, tenant=tenant_id, user=user_id, roles=(role,), ttl_seconds=ttl_seconds)
 
     def metadata(self, tenant_id: str, user_id: str, role: str = "runner") -> Metadata:
         """The metadata of a user's call."""

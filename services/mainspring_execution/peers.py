@@ -20,7 +20,7 @@ from mainspring.v1 import (
     types_pb2,
 )
 from mainspring_kit.channel import Peer
-from mainspring_kit.errors import from_rpc_error
+from mainspring_kit.errors import Reason, from_rpc_error
 from mainspring_kit.identity import UserExecutionContext
 from mainspring_kit.streams import BatchPool
 
@@ -140,6 +140,7 @@ class Dispatcher:
             open_call=lambda channel: dispatcher_pb2_grpc.DispatcherServiceStub(channel).CallTools(**peer.stream()),
             frame=lambda items: dispatcher_pb2.CallToolsRequest(calls=items),
             unpack=lambda response: (response.results, ""),
+            lost=_lost_call,
         )
 
     async def cancel(
@@ -188,6 +189,21 @@ class Registry:
 
 def _unpack_appends(response: state_pb2.AppendResponse) -> tuple[Iterable[state_pb2.AppendResult], str]:
     return response.results, response.state_id
+
+
+def _lost_call(call: dispatcher_pb2.ToolCall) -> dispatcher_pb2.ToolResult | None:
+    """An unsafe call is never sent a second time: when its stream breaks, nobody knows what it did."""
+    if call.effect != types_pb2.EFFECT_CLASS_UNSAFE:
+        return None
+    error = types_pb2.RunError(
+        code="UNAVAILABLE",
+        reason=Reason.WORKER_LOST.name,
+        message=f"The dispatcher went away while {call.tool} ran: what the call did is not known, look before you retry.",
+        metadata={"tool": call.tool, "call_id": call.call_id},
+    )
+    return dispatcher_pb2.ToolResult(
+        item_id=call.item_id, call_id=call.call_id, status=types_pb2.TOOL_STATUS_ERROR, error=error
+    )
 
 
 async def first_of(addresses: Sequence[str], *, attempt: int) -> str:

@@ -206,26 +206,6 @@ def _token_invalid(detail: str) -> MainspringError:
     )
 
 
-def mint_token(secret: str, *, tenant_id: str, user_id: str, roles: tuple[str, ...], ttl_seconds: int) -> str:
-    """A signed user token: what `mainspring token`, tests and benchmarks use."""
-    return _mint(secret, USER_ISSUER, subject=user_id, tenant_id=tenant_id, roles=roles, ttl_seconds=ttl_seconds)
-
-
-def _mint(secret: str, issuer: str, *, subject: str, tenant_id: str, roles: tuple[str, ...], ttl_seconds: int) -> str:
-    now = int(time.time())
-    claims = {
-        "iss": issuer,
-        "aud": AUDIENCE,
-        "sub": subject,
-        "tenant": tenant_id,
-        "roles": list(roles),
-        "iat": now,
-        "exp": now + ttl_seconds,
-        "jti": new_id(),
-    }
-    return jwt.encode(claims, secret, algorithm="HS256")
-
-
 class ServiceTokens:
     """Makes this process's own service token and renews it before it expires."""
 
@@ -238,16 +218,19 @@ class ServiceTokens:
     def bearer(self) -> str:
         """The value of the `authorization` metadata."""
         if time.time() >= self._renew_time:
-            token = _mint(
-                self._secret,
-                SERVICE_ISSUER,
-                subject=self._name,
-                tenant_id="",
-                roles=("service",),
-                ttl_seconds=_SERVICE_TOKEN_SECONDS,
-            )
-            self._token = f"Bearer {token}"
-            self._renew_time = time.time() + _SERVICE_TOKEN_SECONDS / 2
+            now = int(time.time())
+            claims = {
+                "iss": SERVICE_ISSUER,
+                "aud": AUDIENCE,
+                "sub": self._name,
+                "tenant": "",
+                "roles": ["service"],
+                "iat": now,
+                "exp": now + _SERVICE_TOKEN_SECONDS,
+                "jti": new_id(),
+            }
+            self._token = f"Bearer {jwt.encode(claims, self._secret, algorithm='HS256')}"
+            self._renew_time = now + _SERVICE_TOKEN_SECONDS / 2
         return self._token
 
 

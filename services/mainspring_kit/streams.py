@@ -200,8 +200,12 @@ class _Link(Generic[Sent, Answer]):
         if self.unsent:
             self.changed.set()
 
-    def rewind(self) -> None:
+    def rewind(self, lost: Callable[[Sent], Answer | None]) -> None:
         """Everything unanswered is to be sent again, in order; what nobody waits for any more is dropped."""
+        unsent = {item.item_id for item in self.unsent}
+        sent = [item for number, (item, _) in self.waiting.items() if number not in unsent]
+        for answer in filter(None, map(lost, sent)):
+            self.resolve(answer)
         self.waiting = {number: pair for number, pair in self.waiting.items() if not pair[1].cancelled()}
         self.unsent = deque(item for item, _ in self.waiting.values())
         self.changed.set()
@@ -244,15 +248,20 @@ class BatchPool(Generic[Sent, Answer]):
         open_call: Callable[[grpc.aio.Channel], BidiCall],
         frame: Callable[[list[Sent]], object],
         unpack: Callable[[Any], tuple[Iterable[Answer], str]],
+        lost: Callable[[Sent], Answer | None] = lambda _: None,
         credit: int = 4_096,
         queue_max: int = 65_536,
     ) -> None:
-        """`unpack` gives a response's answers and the instance's name, if the response tells it (else empty)."""
+        """`unpack` gives a response's answers and the instance's name, if the response tells it (else empty).
+
+        `lost` gives the answer to an item that was sent on a stream that broke and must not be sent again.
+        """
         self._peer = peer
         self._name = name
         self._open_call = open_call
         self._frame = frame
         self._unpack = unpack
+        self._lost = lost
         self._credit = credit
         self._queue_max = queue_max
         self._links: dict[str, _Link[Sent, Answer]] = {}
@@ -315,7 +324,7 @@ class BatchPool(Generic[Sent, Answer]):
             raise_if_cancelled()
             delay = _RECONNECT_SECONDS_MIN if link.is_live else min(delay * 2, _RECONNECT_SECONDS_MAX)
             link.is_live = False
-            link.rewind()
+            link.rewind(self._lost)
             self._move(link)
             if link.address not in await self._peer.addresses():
                 del self._links[link.address]

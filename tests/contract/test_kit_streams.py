@@ -8,12 +8,13 @@ from contextlib import AsyncExitStack
 
 import grpc
 import pytest
+from mainspring.tokens import user_token
 from mainspring.v1 import state_pb2 as pb
 from mainspring.v1 import state_pb2_grpc as rpc
 from mainspring_kit.channel import Peer
 from mainspring_kit.config import ServiceSettings
 from mainspring_kit.errors import from_rpc_error
-from mainspring_kit.identity import ServiceTokens, UserExecutionContext, current_context, mint_token, new_id
+from mainspring_kit.identity import ServiceTokens, UserExecutionContext, current_context, new_id
 from mainspring_kit.server import Service, serving
 from mainspring_kit.streams import BatchPool, Replies, serve_batches
 from mainspring_kit.tasks import background
@@ -176,7 +177,7 @@ async def test_a_restarted_instance_gets_everything_unanswered_again(instances: 
 
 async def test_a_users_call_runs_as_the_user_and_nobody_else(instances: Instances) -> None:
     await instances.start()
-    token = mint_token(AUTH, tenant_id="acme", user_id="ada", roles=("viewer",), ttl_seconds=60)
+    token = user_token(AUTH, tenant="acme", user="ada", roles=("viewer",), ttl_seconds=60)
     forged = UserExecutionContext(tenant_id="acme", user_id="eve", request_id=new_id()).to_message()
     async with grpc.aio.insecure_channel(instances.addresses[0]) as channel:
         response = await rpc.StateServiceStub(channel).GetRun(
@@ -191,7 +192,7 @@ async def test_a_users_call_runs_as_the_user_and_nobody_else(instances: Instance
 
 async def test_refusals_carry_their_reason(instances: Instances) -> None:
     await instances.start()
-    viewer = mint_token(AUTH, tenant_id="acme", user_id="ada", roles=("viewer",), ttl_seconds=60)
+    viewer = user_token(AUTH, tenant="acme", user="ada", roles=("viewer",), ttl_seconds=60)
     async with Peer(instances.addresses[0], ServiceTokens(SERVICE, "tester")) as peer:
         stub = rpc.StateServiceStub(peer.channel)
 

@@ -1,9 +1,10 @@
 """The gateway lets in users with their own credential, to what their role covers, from pages it knows."""
 
 import pytest
+from mainspring.tokens import user_token
 from mainspring_gateway import access
 from mainspring_kit.errors import MainspringError
-from mainspring_kit.identity import ServiceTokens, TokenVerifier, mint_token
+from mainspring_kit.identity import ServiceTokens, TokenVerifier
 
 pytestmark = pytest.mark.unit
 
@@ -12,7 +13,7 @@ VERIFIER = TokenVerifier(AUTH, SERVICE)
 
 
 def token(*roles: str) -> str:
-    return mint_token(AUTH, tenant_id="acme", user_id="ann", roles=roles, ttl_seconds=60)
+    return user_token(AUTH, tenant="acme", user="ann", roles=roles, ttl_seconds=60)
 
 
 def test_a_user_is_known_by_the_bearer() -> None:

@@ -4,8 +4,9 @@ import time
 
 import jwt
 import pytest
+from mainspring.tokens import user_token
 from mainspring_kit.errors import MainspringError
-from mainspring_kit.identity import ServiceTokens, TokenVerifier, UserExecutionContext, mint_token, new_id
+from mainspring_kit.identity import ServiceTokens, TokenVerifier, UserExecutionContext, new_id
 
 pytestmark = pytest.mark.unit
 
@@ -28,7 +29,7 @@ def claims(**changes: object) -> dict[str, object]:
 
 
 def test_a_users_token_tells_tenant_user_and_roles() -> None:
-    token = mint_token(AUTH, tenant_id="acme", user_id="ada", roles=("runner",), ttl_seconds=60)
+    token = user_token(AUTH, tenant="acme", user="ada", roles=("runner",), ttl_seconds=60)
     principal = TokenVerifier(AUTH, SERVICE).verify(token)
     assert (principal.tenant_id, principal.user_id, principal.roles) == ("acme", "ada", ("runner",))
     assert [principal.covers(role) for role in (0, 1, 2, 3, 4, 5)] == [False, True, True, False, False, False]
@@ -71,7 +72,7 @@ def test_an_unsigned_token_is_refused() -> None:
 
 def test_a_remembered_token_still_expires() -> None:
     verifier = TokenVerifier(AUTH, SERVICE)
-    token = mint_token(AUTH, tenant_id="acme", user_id="ada", roles=("viewer",), ttl_seconds=60)
+    token = user_token(AUTH, tenant="acme", user="ada", roles=("viewer",), ttl_seconds=60)
     principal = verifier.verify(token)
     verifier._verified[token] = type(principal)("ada", "acme", "ada", ("viewer",), False, time.time() - 1)
     with pytest.raises(MainspringError, match="expired"):

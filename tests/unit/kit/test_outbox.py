@@ -75,7 +75,7 @@ async def test_a_rewound_link_sends_everything_unanswered_again_in_order() -> No
     link.resolve(pb.ToolResult(item_id=2))
     assert futures[1].done()
     futures[4].cancel()
-    link.rewind()
+    link.rewind(lambda _: None)
     assert [item.item_id for item in await link.next_frame(10)] == [1, 3, 4]
 
 
@@ -89,3 +89,15 @@ async def test_credit_bounds_what_is_under_way() -> None:
     assert not waiting.done()
     link.resolve(pb.ToolResult(item_id=1))
     assert [item.item_id for item in await waiting] == [5]
+
+
+async def test_a_sent_item_that_may_not_be_sent_again_is_answered_as_lost() -> None:
+    link: _Link[pb.ToolCall, pb.ToolResult] = _Link("here")
+    sent, unsent = (asyncio.get_running_loop().create_future() for _ in range(2))
+    link.add(call(1), sent)
+    await link.next_frame(10)
+    link.add(call(2), unsent)
+    link.rewind(lambda item: pb.ToolResult(item_id=item.item_id, call_id="lost"))
+    assert sent.result().call_id == "lost"
+    assert not unsent.done(), "what was never sent is still sent"
+    assert [item.item_id for item in await link.next_frame(10)] == [2]
