@@ -139,7 +139,7 @@ def read_start(fields: Fields, *, idempotency_key: str = "") -> Start:
         agent=_text(fields, "agent", characters_max=63, is_required=True),
         alias=_text(fields, "alias", characters_max=63),
         version=_text(fields, "version", characters_max=20),
-        input=orjson.dumps(value),
+        input=_json(value),
         session_id=_text(fields, "session_id", characters_max=128),
         idempotency_key=given or idempotency_key,
     )
@@ -201,6 +201,13 @@ _READERS: Final[dict[str, tuple[tuple[str, ...], Callable[[Fields], Command]]]] 
     "unfollow": (("run_id",), _read_unfollow),
     "cancel": (("run_id", "reason"), _read_cancel),
 }
+
+
+def _json(value: Fields) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise _invalid("input", f"cannot be passed on: {error}") from error
 
 
 def _text(fields: Fields, name: str, *, characters_max: int, is_required: bool = False) -> str:

@@ -42,6 +42,8 @@ REACH_SECONDS: Final = 0.25
 MENDS_MAX: Final = 3
 FAULTS_MAX: Final = 3
 HISTORY_RUNS_MAX: Final = 100
+# Model steps that may follow each other without a wait; then all others have their turn.
+STEPS_AT_ONCE: Final = 4
 
 # What can only be said of an append's own value: the run ends without it.
 VALUE_REFUSALS: Final = ("EVENT_REFUSED", "PAYLOAD_TOO_LARGE", "REQUEST_INVALID")
@@ -216,6 +218,8 @@ class Drive:
             return
         if model.waits(step):
             self._journal.flush()
+        if step % STEPS_AT_ONCE == 0:
+            await asyncio.sleep(0)
         self._ending.mark(CORE_EXECUTION)
         try:
             thought = await self._think(model, step)

@@ -15,7 +15,9 @@ from mainspring_kit.errors import RULES, MainspringError, Reason
 from mainspring_execution.core.plan import AgentPlan, read_seconds, spec_invalid
 from mainspring_execution.core.thought import Thought, Turn, WantedCall
 from mainspring_execution.models.templates import (
+    Bounded,
     Expression,
+    Scope,
     Template,
     compile_template,
     template_invalid,
@@ -94,7 +96,7 @@ class ScriptedModel:
         entry = self._entries[turn.step - 1]
         if entry.delay_seconds:
             await asyncio.sleep(entry.delay_seconds)
-        scope = _TurnScope(turn)
+        scope = Bounded(_TurnScope(turn))
         if entry.failure is not None and (entry.failure.times is None or turn.attempt <= entry.failure.times):
             raise MainspringError(
                 Reason.MODEL_FAILED,
@@ -118,6 +120,13 @@ class _TurnScope:
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
+        self._parsed: dict[str, Any] = {}
+
+    def _parse(self, name: str, data: bytes) -> Any:
+        """The JSON value, parsed once however many expressions look into it: Any."""
+        if name not in self._parsed:
+            self._parsed[name] = orjson.loads(data)
+        return self._parsed[name]
 
     def look_up(self, expression: Expression) -> Any:
         """The value of an expression; a JSON value: Any."""
@@ -127,7 +136,7 @@ class _TurnScope:
         if root == "input":
             if not path:
                 return orjson.Fragment(turn.input or b"{}")
-            return walk(expression, orjson.loads(turn.input or b"{}"), path=path)
+            return walk(expression, self._parse("input", turn.input or b"{}"), path=path)
         if root == "history":
             return walk(expression, self._history(), path=path)
         if root == "session":
@@ -140,16 +149,18 @@ class _TurnScope:
         raise template_invalid(expression.text, f"{root!r} is not one of {known}")
 
     def _history(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "run_id": run.run_id,
-                "ordinal": run.ordinal,
-                "agent": run.agent,
-                "input": orjson.loads(run.input or b"{}"),
-                "result": orjson.loads(run.result or b"null"),
-            }
-            for run in self._turn.history
-        ]
+        if "history" not in self._parsed:
+            self._parsed["history"] = [
+                {
+                    "run_id": run.run_id,
+                    "ordinal": run.ordinal,
+                    "agent": run.agent,
+                    "input": orjson.loads(run.input or b"{}"),
+                    "result": orjson.loads(run.result or b"null"),
+                }
+                for run in self._turn.history
+            ]
+        return self._parsed["history"]  # type: ignore[no-any-return]  # what is above
 
     def _look_up_call(self, expression: Expression) -> Any:
         planned, path = self._turn.planned, expression.path
@@ -166,7 +177,7 @@ class _TurnScope:
             raise _call_failed(outcome)
         if len(path) == 2:
             return orjson.Fragment(outcome.result or b"null")
-        return walk(expression, orjson.loads(outcome.result or b"null"), path=path[2:])
+        return walk(expression, self._parse(call.call_id, outcome.result or b"null"), path=path[2:])
 
     def _describe(self, call: events_pb2.PlannedCall) -> dict[str, Any]:
         outcome = self._turn.outcomes[call.call_id]
@@ -175,16 +186,16 @@ class _TurnScope:
         return {
             "call_id": call.call_id,
             "tool": call.tool,
-            "arguments": orjson.loads(call.arguments or b"{}"),
+            "arguments": self._parse(f"arguments of {call.call_id}", call.arguments or b"{}"),
             "status": types_pb2.ToolStatus.Name(outcome.status).removeprefix("TOOL_STATUS_").lower(),
-            "result": orjson.loads(outcome.result or b"null") if succeeded else None,
+            "result": self._parse(call.call_id, outcome.result or b"null") if succeeded else None,
             "error": None if succeeded else error,
             "cached": outcome.cached,
             "attempts": outcome.attempts,
         }
 
 
-def _render_arguments(template: Template, scope: _TurnScope) -> bytes:
+def _render_arguments(template: Template, scope: Scope) -> bytes:
     arguments = template.render_json(scope)
     if not arguments.lstrip().startswith(b"{"):
         expression = template.expressions[0].text if template.expressions else arguments.decode()

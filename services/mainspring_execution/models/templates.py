@@ -12,6 +12,8 @@ from mainspring_kit.errors import MainspringError, Reason
 
 _HOLE: Final = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 _ROOT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# What all holes that share a bound may grow to together, so that `{{input}}` a thousand times is no bomb.
+RENDERED_BYTES_MAX: Final = 16 << 20
 _STEP: Final = re.compile(r"\.([A-Za-z_][A-Za-z0-9_-]*)|\[(-?\d{1,6})\]")
 
 PathStep = str | int
@@ -52,11 +54,34 @@ class Template:
 
     def render_text(self, scope: Scope) -> str:
         """The same as text: strings as they are, anything else as JSON."""
-        return _as_text(self._render(scope))
+        return _as_text(self.render(scope))
 
     def render_json(self, scope: Scope) -> bytes:
         """The same as JSON."""
-        return self.constant if self.constant is not None else orjson.dumps(self._render(scope))
+        return self.constant if self.constant is not None else _dump(self.render(scope))
+
+
+class Bounded:
+    """A scope whose values are together no larger than a payload may be."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._left = RENDERED_BYTES_MAX
+
+    def look_up(self, expression: Expression) -> Any:
+        """As the scope's; PAYLOAD_TOO_LARGE past the bound. A JSON value: Any."""
+        value = self._scope.look_up(expression)
+        self._left -= len(value) if isinstance(value, str) else len(_dump(value))
+        if self._left < 0:
+            raise MainspringError(
+                Reason.PAYLOAD_TOO_LARGE,
+                f"The values that one step of the script fills in take more than {RENDERED_BYTES_MAX} bytes: pass "
+                "them on by reference.",
+                field=expression.text[:200],
+                bytes=RENDERED_BYTES_MAX - self._left,
+                limit=RENDERED_BYTES_MAX,
+            )
+        return value
 
 
 def compile_template(value: Any) -> Template:
@@ -150,4 +175,11 @@ def _compile_text(value: str, expressions: list[Expression]) -> Render:
 def _as_text(value: Any) -> str:
     if isinstance(value, orjson.Fragment):
         value = orjson.loads(orjson.dumps(value))
-    return value if isinstance(value, str) else orjson.dumps(value).decode()
+    return value if isinstance(value, str) else _dump(value).decode()
+
+
+def _dump(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise template_invalid("…", f"what it yields cannot be written as JSON: {error}") from error

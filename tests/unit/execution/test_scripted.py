@@ -98,6 +98,28 @@ async def test_the_history_is_a_list_of_earlier_runs() -> None:
     assert not model({"result": "{{session.id}}"}).needs_history
 
 
+@pytest.mark.parametrize("template", ["{{input.a}}" * 40, ["{{input.a}}"] * 40, ["{{input}}"] * 40])
+async def test_what_a_step_fills_in_is_bounded_together(template: object) -> None:
+    data = orjson.dumps({"a": "x" * (1 << 20)})
+    error = await refusal(model({"calls": [{"tool": "t", "arguments": {"v": template}}]}), turn(data=data))
+    assert (error.reason_name, error.metadata["limit"]) == ("PAYLOAD_TOO_LARGE", str(16 << 20))
+    error = await refusal(model({"calls": [{"tool": "t", "arguments": {"v": "{{input.a}}"}}] * 20}), turn(data=data))
+    assert error.reason_name == "PAYLOAD_TOO_LARGE"
+
+
+async def test_an_input_is_parsed_once_however_often_it_is_named() -> None:
+    """Twenty thousand times would hold up every other run for a minute."""
+    data = orjson.dumps({"b": "y", "a": [1] * 400_000})
+    thought = await model({"text": "{{input.b}}" * 5_000}).think(turn(data=data))
+    assert thought.text == "y" * 5_000
+
+
+async def test_a_value_that_nests_too_deep_to_be_written_is_a_template_error() -> None:
+    data = b'{"a":' + b"[" * 500 + b"]" * 500 + b"}"
+    error = await refusal(model({"result": {"a": "{{input.a}}"}}), turn(data=data))
+    assert error.reason_name == "TEMPLATE_INVALID"
+
+
 async def test_a_missing_value_is_a_template_error() -> None:
     error = await refusal(model({"result": "{{input.gone}}"}), turn())
     assert (error.reason_name, error.metadata) == ("TEMPLATE_INVALID", {"expression": "input.gone"})

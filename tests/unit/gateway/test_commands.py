@@ -157,6 +157,12 @@ def test_an_input_arrives_as_it_was_sent(value: dict[str, object]) -> None:
     assert orjson.loads(read_start({"agent": "a", "input": value}).input) == value
 
 
+def test_an_input_that_nests_too_deep_is_refused() -> None:
+    """The parser takes a thousand levels, the writer fewer."""
+    data = b'{"op":"start","agent":"a","input":{"a":' + b"[" * 300 + b"]" * 300 + b"}}"
+    assert refused(dict(decode_object(data))).metadata["field"] == "input"
+
+
 @pytest.mark.parametrize("frame_id", [None, True, 1.5, [], {}, "x" * 129])
 def test_an_id_that_is_none_is_not_echoed(frame_id: object) -> None:
     assert frame_id_of({"id": frame_id}) is None
