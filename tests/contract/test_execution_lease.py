@@ -46,7 +46,7 @@ class Beats(rpc.StateServiceServicer):
 Beats.__abstractmethods__ = frozenset()  # what is not overridden answers UNIMPLEMENTED, as in the services
 
 
-def process_alive() -> Beats:
+def answering() -> Beats:
     """A state process that answers beats."""
     return Beats()  # type: ignore[abstract]  # serves a part of the contract
 
@@ -72,7 +72,7 @@ async def beating(*processes: Beats) -> AsyncIterator[tuple[Lease, list[pb.RunIn
 
 
 async def test_a_lease_is_held_from_the_first_answered_beat() -> None:
-    async with beating(process := process_alive()) as (lease, _):
+    async with beating(process := answering()) as (lease, _):
         async with asyncio.timeout(5):
             await lease.wait_held()
         assert lease.is_held
@@ -80,7 +80,7 @@ async def test_a_lease_is_held_from_the_first_answered_beat() -> None:
 
 
 async def test_a_lease_without_answers_is_lost_before_state_gives_it_away() -> None:
-    async with beating(process := process_alive()) as (lease, _):
+    async with beating(process := answering()) as (lease, _):
         await lease.wait_held()
         lapses = lease.lapses
         process.answers = False
@@ -92,7 +92,7 @@ async def test_a_lease_without_answers_is_lost_before_state_gives_it_away() -> N
 
 
 async def test_beats_go_to_another_instance_when_one_falls_silent() -> None:
-    first, second = process_alive(), process_alive()
+    first, second = answering(), process_alive()
     async with beating(first, second) as (lease, _):
         await lease.wait_held()
         silent, other = (first, second) if first.heard else (second, first)
@@ -103,7 +103,7 @@ async def test_beats_go_to_another_instance_when_one_falls_silent() -> None:
 
 
 async def test_inputs_come_with_the_answers() -> None:
-    process = process_alive()
+    process = answering()
     process.inputs = [pb.RunInput(request_id="r1", run_id="run-1")]
     async with beating(process) as (_, inputs):
         await wait_until(lambda: inputs)
@@ -111,7 +111,7 @@ async def test_inputs_come_with_the_answers() -> None:
 
 
 async def test_an_executor_that_leaves_says_so_and_beats_no_more() -> None:
-    async with beating(process := process_alive()) as (lease, _):
+    async with beating(process := answering()) as (lease, _):
         await lease.wait_held()
         async with asyncio.timeout(1.5):
             await lease.leave()
