@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mainspring_kit.config import ServiceSettings
+from mainspring_kit.config import ProcessSettings, ServiceSettings
 from pydantic import Field
 
 
@@ -33,9 +33,12 @@ class StateSettings(ServiceSettings):
     claim_seconds: float = Field(1.0, ge=0.05, le=60, description="longest time between two looks for claimable runs")
 
 
-class MigrateSettings(StateSettings):
-    """What `migrate` needs besides."""
+class MigrateSettings(ProcessSettings):
+    """What `migrate` needs: it serves nobody, so it is given no key to sign or verify with."""
 
+    database_url: str = Field(
+        pattern=r"^postgres(ql)?://", description="what the service connects with, and the password its role gets"
+    )
     owner_database_url: str = Field(
         pattern=r"^postgres(ql)?://", description="PostgreSQL, as a role that may create roles and schemas"
     )

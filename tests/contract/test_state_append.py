@@ -14,6 +14,7 @@ from mainspring_kit.identity import UserExecutionContext, new_id
 
 from test_framework.grpc_testing import error_of
 from test_framework.identities import Identities
+from test_framework.waiting import wait_until
 from tests.contract.state_calls import (
     TIMEOUT,
     Executor,
@@ -327,6 +328,30 @@ async def test_a_consumed_input_is_marked_by_the_append(
     finally:
         await owner.close()
     assert consumed == 2
+
+
+async def test_appends_to_young_tables_go_by_primary_keys_alone(
+    executor: Executor, user: UserExecutionContext, contract_environment: dict[str, Any]
+) -> None:
+    run_id = await executor.start(user)
+    await executor.go_on(user, run_id, completed(), after=1)
+    owner = await asyncpg.connect(contract_environment["owner_database_url"])
+
+    async def scans() -> dict[str, int]:
+        rows = await owner.fetch("SELECT indexrelname, idx_scan FROM pg_stat_user_indexes WHERE schemaname = 'state'")
+        return {row["indexrelname"]: row["idx_scan"] for row in rows}
+
+    async def is_counted() -> bool:
+        counted = await scans()
+        return all(counted[name] > 0 for name in ("runs_pkey", "sessions_pkey", "leases_pkey"))
+
+    try:
+        await wait_until(is_counted, what="the statistics of the appends")
+        counted = await scans()
+    finally:
+        await owner.close()
+    # This module asks for no list. A tenant's whole history would be read for each append if one of these served it.
+    assert [counted[name] for name in ("runs_of_user", "runs_of_session", "sessions_newest")] == [0, 0, 0]
 
 
 async def test_only_services_append(aio_stub: Any, identities: Identities) -> None:

@@ -78,4 +78,4 @@ def pack_input(executor_id: str, run_input: bytes) -> bytes:
 def unpack_input(body: bytes) -> tuple[str, bytes]:
     """What `pack_input` packed."""
     (length,) = struct.unpack_from(">H", body)
-    return body[2 : 2 + length].decode(), body[2 + length :]
+    return body[2 : 2 + length].decode(errors="replace"), body[2 + length :]

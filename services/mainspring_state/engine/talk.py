@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections import deque
 from typing import Final, Protocol
 
+from google.protobuf.message import DecodeError
 from mainspring.v1 import state_pb2
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError
@@ -138,10 +140,18 @@ class Talk:
         while True:
             try:
                 async for message in self._wire.hear():
-                    self._hear(message)
+                    self._hear_one(message)
             except UNREACHABLE as error:
                 telemetry.logger().warning("redis_unreachable", detail=str(error)[:200])
             await asyncio.sleep(hearing.BEAT_SECONDS)
+
+    def _hear_one(self, message: bytes) -> None:
+        """What cannot be read, of another release or of nobody we know, counts as missed: the log has it."""
+        try:
+            self._hear(message)
+        except (DecodeError, struct.error) as error:
+            telemetry.logger().warning("publication_unreadable", detail=str(error)[:200])
+            self._missed.set()
 
     def _hear(self, message: bytes) -> None:
         publication = hearing.unpack(message)
@@ -151,6 +161,8 @@ class Talk:
             self._missed.set()
         if publication.kind == hearing.FRAME:
             for delivery in state_pb2.FollowResponse.FromString(publication.body).deliveries:
+                if not delivery.events:
+                    continue
                 self._hub.take_in((delivery.tenant_id, delivery.run_id), delivery.user_id, events=delivery.events)
         elif self.listener is not None and publication.kind == hearing.INPUT:
             executor_id, run_input = hearing.unpack_input(publication.body)

@@ -7,13 +7,13 @@ SELECT * FROM state.runs WHERE tenant_id = $1 AND user_id = $2 AND run_id = $3;
 
 -- list_runs: a page of the user's runs, newest first.
 SELECT * FROM state.runs
-WHERE tenant_id = $1 AND user_id = $2 AND run_id < $3
+WHERE tenant_id = $1 AND user_id = $2 AND run_id < $3 AND ordinal > 0
   AND ($4 = '' OR agent = $4) AND (cardinality($5::smallint[]) = 0 OR state = ANY ($5))
 ORDER BY run_id DESC LIMIT $6;
 
 -- list_runs_of_session: a page of the runs of one session, newest first.
 SELECT * FROM state.runs
-WHERE tenant_id = $1 AND user_id = $2 AND session_id = $7 AND run_id < $3
+WHERE tenant_id = $1 AND user_id = $2 AND session_id = $7 AND run_id < $3 AND ordinal > 0
   AND ($4 = '' OR agent = $4) AND (cardinality($5::smallint[]) = 0 OR state = ANY ($5))
 ORDER BY run_id DESC LIMIT $6;
 
@@ -33,7 +33,7 @@ SELECT * FROM state.sessions WHERE tenant_id = $1 AND user_id = $2 AND session_i
 
 -- list_sessions: a page of the user's sessions, newest first.
 SELECT * FROM state.sessions
-WHERE tenant_id = $1 AND user_id = $2 AND (create_time, session_id) < ($3, $4)
+WHERE tenant_id = $1 AND user_id = $2 AND (create_time, session_id) < ($3, $4) AND create_time > '-infinity'
 ORDER BY create_time DESC, session_id DESC LIMIT $5;
 
 -- put_input: stores what is asked of a run, once per request id.
