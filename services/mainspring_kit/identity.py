@@ -96,7 +96,10 @@ class UserExecutionContext:
     @classmethod
     def from_message(cls, message: identity_pb2.UserExecutionContext) -> UserExecutionContext:
         """Checks and takes over a context that arrived; CONTEXT_INVALID when it is blank or a placeholder."""
-        deadline = message.deadline.ToDatetime(UTC) if message.HasField("deadline") else None
+        try:
+            deadline = message.deadline.ToDatetime(UTC) if message.HasField("deadline") else None
+        except (ValueError, OverflowError) as error:
+            raise _refused("deadline", str(message.deadline.seconds)) from error
         return cls(
             tenant_id=message.tenant_id,
             user_id=message.user_id,

@@ -11,10 +11,12 @@ from typing import Any
 import grpc
 import pytest
 from mainspring.v1 import state_pb2, state_pb2_grpc, types_pb2
-from mainspring_kit import server
+from mainspring_kit import redis, server
 from mainspring_kit.identity import UserExecutionContext
 from mainspring_state.__main__ import wired
 from mainspring_state.config import StateSettings
+from mainspring_state.core import hearing
+from mainspring_state.store.wire import CHANNEL
 
 from test_framework.grpc_testing import free_address
 from test_framework.identities import Identities, unique
@@ -125,6 +127,36 @@ async def test_a_watcher_elsewhere_sees_what_is_appended_here(
         await watcher.until_seq(31)
         assert watcher.seqs() == list(range(1, 32))
         watcher.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        hearing.FRAME + bytes(8) + b"\xff\xff\xff",
+        hearing.FRAME + bytes(8) + state_pb2.FollowResponse(deliveries=[state_pb2.Delivery()]).SerializeToString(),
+        hearing.INPUT + bytes(8),
+        hearing.INPUT + bytes(8) + b"\x00\x02\xff\xff\xff",
+        b"?" * 9,
+        b"",
+    ],
+)
+async def test_what_cannot_be_read_on_redis_harms_nobody(
+    body: bytes,
+    contract_environment: dict[str, Any],
+    other_stub: Any,
+    identities: Identities,
+    executor: Executor,
+    user: UserExecutionContext,
+) -> None:
+    async with redis.connect(contract_environment["redis_url"]) as client:
+        await client.publish(CHANNEL, b"x" * 36 + body)
+    run_id = await executor.start(user)
+    watcher = Watcher(other_stub, identities.metadata(user.tenant_id, user.user_id))
+    await watcher.subscribe(run_id)
+    await executor.go_on(user, run_id, completed(), after=1)
+    await watcher.until_seq(2)
+    assert watcher.seqs() == [1, 2]
+    watcher.close()
 
 
 async def test_a_run_whose_executor_moves_to_another_process_is_seen_whole_by_all(

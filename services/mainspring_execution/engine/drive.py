@@ -220,6 +220,10 @@ class Drive:
             self._journal.flush()
         if step % STEPS_AT_ONCE == 0:
             await asyncio.sleep(0)
+        if self._journal.is_behind:
+            await self._wait_durable()
+            if self.attention.is_interrupted:
+                return
         self._ending.mark(CORE_EXECUTION)
         try:
             thought = await self._think(model, step)

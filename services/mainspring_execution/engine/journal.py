@@ -21,6 +21,8 @@ from mainspring_execution.peers import UNREACHED, AppendPool
 EVENTS_PER_APPEND_MAX: Final = 64
 # Under the largest message that a stream takes, with an event of 16 MiB beside it.
 PENDING_BYTES_MAX: Final = 2 << 20
+# A run that thinks faster than the database writes would fill the memory of both ends.
+UNANSWERED_APPENDS_MAX: Final = 8
 RETRY_SECONDS: Final = 0.25
 
 _Sent = tuple[state_pb2.Append, asyncio.Future[state_pb2.AppendResult]]
@@ -56,6 +58,11 @@ class Journal:
     def is_settled(self) -> bool:
         """Whether every append was answered."""
         return not self._unanswered
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much awaits its answer that nothing more should be begun."""
+        return len(self._unanswered) >= UNANSWERED_APPENDS_MAX
 
     def record(self, **payload: object) -> events_pb2.RunEvent:
         """Writes down what happened next; it is sent with the next flush."""

@@ -96,6 +96,13 @@ def test_a_child_keeps_the_identity_and_stops_at_depth_ten() -> None:
         child.child()
 
 
+def test_a_deadline_beyond_all_calendars_is_refused() -> None:
+    message = UserExecutionContext(tenant_id="acme", user_id="ada").to_message()
+    message.deadline.seconds = 10**17
+    with pytest.raises(MainspringError, match="CONTEXT_INVALID"):
+        UserExecutionContext.from_message(message)
+
+
 def test_a_context_survives_the_wire() -> None:
     context = UserExecutionContext(tenant_id="acme", user_id="ada", request_id=new_id(), roles=("admin",), depth=3)
     assert UserExecutionContext.from_message(context.to_message()) == context
