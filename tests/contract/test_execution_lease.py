@@ -92,7 +92,7 @@ async def test_a_lease_without_answers_is_lost_before_state_gives_it_away() -> N
 
 
 async def test_beats_go_to_another_instance_when_one_falls_silent() -> None:
-    first, second = answering(), process_alive()
+    first, second = answering(), answering()
     async with beating(first, second) as (lease, _):
         await lease.wait_held()
         silent, other = (first, second) if first.heard else (second, first)
