@@ -15,7 +15,7 @@ from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError, Reason, Violation, from_status
 from mainspring_kit.identity import UserExecutionContext, new_id
 from mainspring_kit.streams import Outbox
-from mainspring_kit.tasks import background
+from mainspring_kit.tasks import background, raise_if_cancelled
 
 from mainspring_gateway.config import GatewaySettings
 from mainspring_gateway.core.commands import Start
@@ -181,6 +181,7 @@ class Engine:
             code = error.code.name
         finally:
             self.feeds.detach()
+        raise_if_cancelled()
         telemetry.logger().log(logging.INFO if is_open else logging.DEBUG, "follow_closed", address=address, code=code)
         return is_open
 
