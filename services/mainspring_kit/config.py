@@ -12,28 +12,33 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 ENVIRONMENT_PREFIX = "MAINSPRING_"
 
 
-class ServiceSettings(BaseSettings):
+class ProcessSettings(BaseSettings):
     """What an operator can change in every process: `MAINSPRING_` + the field's name in capitals."""
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="ignore", frozen=True)
+
+    instance_id: str = Field(
+        default_factory=lambda: uuid4().hex[:12], max_length=64, description="names this process among its replicas"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    parent_fd: int = Field(-1, description="a pipe's read end; at its end of file the process stops. -1: none")
+
+
+class ServiceSettings(ProcessSettings):
+    """What an operator can change besides in every process that serves."""
 
     listen: str = Field("127.0.0.1:0", pattern=r"^[^\s]+:\d{1,5}$", description="host:port to serve on; port 0: any")
     auth_secret: SecretStr = Field(min_length=32, description="HS256 key of users' tokens, at least 32 characters")
     service_secret: SecretStr = Field(
         min_length=32, description="HS256 key of services' tokens, at least 32 characters"
     )
-    instance_id: str = Field(
-        default_factory=lambda: uuid4().hex[:12], max_length=64, description="names this process among its replicas"
-    )
     environment: Literal["production", "development"] = Field(
         "production", description="production refuses development secrets and diagnostic tools"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     drain_seconds: float = Field(10.0, ge=0, le=600, description="time that work under way gets at shutdown")
     metrics_listen: str = Field(
         "", pattern=r"^$|^[^\s]+:\d{1,5}$", description="host:port of the Prometheus metrics; empty: none"
     )
-    parent_fd: int = Field(-1, description="a pipe's read end; at its end of file the process stops. -1: none")
 
     @model_validator(mode="after")
     def _refuse_development_secrets(self) -> Self:
@@ -50,7 +55,7 @@ class SettingsError(Exception):
     """The environment does not describe a process that could run; the message lists every fault."""
 
 
-Settings = TypeVar("Settings", bound=ServiceSettings)
+Settings = TypeVar("Settings", bound=ProcessSettings)
 
 
 def load(settings_class: type[Settings]) -> Settings:

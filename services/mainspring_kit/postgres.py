@@ -101,7 +101,8 @@ async def migrate(owner_url: str, directory: Path, *, schema: str, role_url: str
     `role_url` is what the service connects with: its user must be the role that the migrations made; its password, if
     it has one, becomes the role's.
     """
-    connection = await connect_one(owner_url)
+    with reachable():
+        connection = await connect_one(owner_url)
     try:
         await connection.execute("SELECT pg_advisory_lock($1)", _MIGRATION_LOCK)
         await pogo.apply(connection, directory, schema_name=schema)

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from mainspring_kit import telemetry
 from mainspring_kit.channel import MESSAGE_BYTES_MAX, METADATA_BYTES_MAX
 from mainspring_kit.config import ServiceSettings, Settings, SettingsError, load
+from mainspring_kit.errors import MainspringError
 from mainspring_kit.identity import TokenVerifier
 from mainspring_kit.interceptors import Guard
 from mainspring_kit.tasks import background
@@ -58,18 +59,17 @@ def run(
     """
     try:
         settings = load(settings_class)
-    except SettingsError as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_SETTINGS
-    telemetry.configure(name, settings.instance_id, level=settings.log_level)
-    if settings.metrics_listen:
-        telemetry.serve_metrics(settings.metrics_listen)
-    try:
+        telemetry.configure(name, settings.instance_id, level=settings.log_level)
+        if isinstance(settings, ServiceSettings) and settings.metrics_listen:
+            telemetry.serve_metrics(settings.metrics_listen)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_supervise(settings, main))
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_SETTINGS
+    except MainspringError as error:
+        telemetry.logger().error("process_failed", detail=str(error))
+        return EXIT_FAILED
     except Exception as error:  # the root of the process: whatever ended it is logged and becomes the exit code
         telemetry.logger().error("process_failed", exc_info=error)
         return EXIT_FAILED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mainspring_kit.config import ServiceSettings
+from mainspring_kit.config import ProcessSettings, ServiceSettings
 from pydantic import Field
 
 
@@ -19,9 +19,12 @@ class RegistrySettings(ServiceSettings):
     watchers_max: int = Field(256, ge=1, le=10_000, description="WatchCatalog streams served at once")
 
 
-class MigrateSettings(RegistrySettings):
-    """What `migrate` needs besides."""
+class MigrateSettings(ProcessSettings):
+    """What `migrate` needs: it serves nobody, so it is given no key to sign or verify with."""
 
+    database_url: str = Field(
+        pattern=r"^postgres(ql)?://", description="what the service connects with, and the password its role gets"
+    )
     owner_database_url: str = Field(
         pattern=r"^postgres(ql)?://", description="PostgreSQL, as a role that may create roles and schemas"
     )

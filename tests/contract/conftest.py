@@ -149,10 +149,6 @@ def _migrate(service: str, database: Database) -> None:
         **os.environ,
         "MAINSPRING_DATABASE_URL": database.service_urls[service],
         "MAINSPRING_OWNER_DATABASE_URL": database.owner_url,
-        "MAINSPRING_AUTH_SECRET": AUTH_SECRET,
-        "MAINSPRING_SERVICE_SECRET": SERVICE_SECRET,
-        "MAINSPRING_ENVIRONMENT": "development",
-        "MAINSPRING_REDIS_URL": "redis://127.0.0.1:1",
     }
     command = [sys.executable, "-m", f"mainspring_{service.lower()}", "migrate"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=MIGRATE_SECONDS)

@@ -178,9 +178,6 @@ async def test_migrations_run_twice_and_by_an_owner_that_is_no_superuser(contrac
             **os.environ,
             "MAINSPRING_DATABASE_URL": contract_postgres.url(database, user="mainspring_registry"),
             "MAINSPRING_OWNER_DATABASE_URL": contract_postgres.url(database, user=owner_name),
-            "MAINSPRING_AUTH_SECRET": "dev-" + "a" * 40,
-            "MAINSPRING_SERVICE_SECRET": "dev-" + "b" * 40,
-            "MAINSPRING_ENVIRONMENT": "development",
         }
         for _ in range(2):
             done = await asyncio.to_thread(

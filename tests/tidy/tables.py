@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from google.rpc import code_pb2
 from mainspring.v1 import errors_pb2
-from mainspring_kit.config import ENVIRONMENT_PREFIX, ServiceSettings
+from mainspring_kit.config import ENVIRONMENT_PREFIX, ProcessSettings, ServiceSettings
 from pydantic.fields import FieldInfo
 
 from tests.tidy.source import ROOT, SERVICES
@@ -19,15 +19,15 @@ from tests.tidy.test_contracts import documented_reasons
 MARKED: Final = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def settings_classes(service: str) -> list[type[ServiceSettings]]:
+def settings_classes(service: str) -> list[type[ProcessSettings]]:
     """The settings classes of a service: the serving one first, then what its other commands read."""
     config = import_module(f"mainspring_{service}.config")
     found = [
         value
         for value in vars(config).values()
-        if isinstance(value, type) and issubclass(value, ServiceSettings) and value.__module__ == config.__name__
+        if isinstance(value, type) and issubclass(value, ProcessSettings) and value.__module__ == config.__name__
     ]
-    return sorted(found, key=lambda value: len(value.__mro__))
+    return sorted(found, key=lambda value: not issubclass(value, ServiceSettings))
 
 
 def settings() -> str:

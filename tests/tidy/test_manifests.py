@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from mainspring_kit.config import ENVIRONMENT_PREFIX, ServiceSettings
+from mainspring_kit.config import ENVIRONMENT_PREFIX, ProcessSettings
 
 from tests.tidy.source import ROOT, SERVICES
 from tests.tidy.tables import settings_classes
@@ -49,7 +49,7 @@ def workloads() -> Iterator[tuple[str, Manifest]]:
                 yield document["metadata"]["name"], document["spec"]["template"]["spec"]
 
 
-def environment_faults(pod: Manifest, settings: type[ServiceSettings]) -> list[str]:
+def environment_faults(pod: Manifest, settings: type[ProcessSettings]) -> list[str]:
     """Variables that the settings do not know, and settings without a value or default."""
     (container,) = pod["containers"]
     own = {variable["name"] for variable in container["env"]}

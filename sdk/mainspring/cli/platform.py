@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -120,11 +119,8 @@ def migrate() -> None:
         url = os.environ.get(f"MAINSPRING_{service.upper()}_DATABASE_URL") or role_url(
             owner_url, f"mainspring_{service}"
         )
-        # A migration signs nothing and caches nothing, but it reads all settings that its service has.
-        unused = {name: secrets.token_hex(32) for name in ("MAINSPRING_AUTH_SECRET", "MAINSPRING_SERVICE_SECRET")}
-        unused["MAINSPRING_REDIS_URL"] = "redis://127.0.0.1:6379/0"
         command = [sys.executable, "-m", f"mainspring_{service}", "migrate"]
-        done = subprocess.run(command, env={**unused, **os.environ, "MAINSPRING_DATABASE_URL": url}, check=False)
+        done = subprocess.run(command, env={**os.environ, "MAINSPRING_DATABASE_URL": url}, check=False)
         if done.returncode != 0:
             raise StartError(f"The migration of {service} failed with exit code {done.returncode}; see above.")
         sys.stdout.write(f"{service}: migrated\n")

@@ -116,7 +116,12 @@ def service_launches(plan: Plan, folder: Folder) -> list[Launch]:
 
 def migration_env(plan: Plan, service: str) -> dict[str, str]:
     """What `python -m mainspring_<service> migrate` needs."""
-    return {**_service_env(plan, service), "MAINSPRING_OWNER_DATABASE_URL": plan.database_url}
+    return {
+        **_inherited(),
+        "MAINSPRING_DATABASE_URL": plan.service_database_urls[service],
+        "MAINSPRING_OWNER_DATABASE_URL": plan.database_url,
+        **plan.extra_env,
+    }
 
 
 def parse_replicas(text: str) -> dict[str, int]:

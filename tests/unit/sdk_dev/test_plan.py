@@ -96,6 +96,7 @@ def test_a_migration_gets_the_owner_and_its_own_role() -> None:
     env = migration_env(make_plan(), "state")
     assert env["MAINSPRING_OWNER_DATABASE_URL"] == make_plan().database_url
     assert "mainspring_state:" in env["MAINSPRING_DATABASE_URL"]
+    assert [name for name in env if name.endswith("_SECRET")] == []
 
 
 def test_replicas_have_labels_logs_and_all_addresses(tmp_path: Path) -> None:
