@@ -72,14 +72,15 @@ class Summary:
 def read_charges(path: Path) -> Iterator[Charge]:
     """Yields the lines of a bill; BillError names the first that is wrong. Never holds more than one."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        # Spreadsheets begin UTF-8 with a mark. Bytes that are none of it are kept until their line is known.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = csv.reader(file, strict=True)
             try:
                 yield from _charges(rows, path.name)
             except csv.Error as error:
                 raise BillError(path.name, rows.line_num, f"it is not CSV: {error}") from error
-            except UnicodeDecodeError as error:
-                raise BillError(path.name, rows.line_num + 1, f"it is not UTF-8: {error.reason}") from error
+            except UnicodeEncodeError as error:
+                raise BillError(path.name, rows.line_num, "it is not UTF-8: save the file in that encoding") from error
     except OSError as error:
         raise BillError(str(path), 0, f"the file can't be read: {error.strerror}") from error
 
@@ -102,11 +103,13 @@ def total_by(charges: Iterable[Charge], dimension: Dimension) -> dict[str, Decim
 
 def _charges(rows: Iterator[list[str]], file: str) -> Iterator[Charge]:
     header = next(rows, [])
+    _refuse_other_encodings(header)
     if tuple(header) != COLUMNS:
         raise BillError(file, 1, f"the columns are {','.join(header) or 'missing'}; they must be {','.join(COLUMNS)}")
     count = 0
     for row in rows:
         count += 1
+        _refuse_other_encodings(row)
         line: int = rows.line_num  # type: ignore[attr-defined]  # of the csv reader, which has no type of its own
         if len(row) != len(COLUMNS):
             raise BillError(file, line, f"it has {len(row)} columns, the header has {len(COLUMNS)}")
@@ -116,6 +119,10 @@ def _charges(rows: Iterator[list[str]], file: str) -> Iterator[Charge]:
             raise BillError(file, line, str(error)) from error
     if not count:
         raise BillError(file, 2, "there is no line after the header")
+
+
+def _refuse_other_encodings(row: list[str]) -> None:
+    "".join(row).encode()
 
 
 def _charge(row: list[str]) -> Charge:

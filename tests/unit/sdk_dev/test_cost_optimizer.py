@@ -48,6 +48,18 @@ def test_the_committed_bill_is_what_the_generator_makes() -> None:
     assert len(made.getvalue().splitlines()) > 5_000
 
 
+def test_a_bill_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
+    (tmp_path / "bill.csv").write_bytes(b"\xef\xbb\xbf" + f"{HEADER}\r\n{GOOD}\r\n".encode())
+    assert [charge.resource_id for charge in read_charges(tmp_path / "bill.csv")] == ["i-1"]
+
+
+def test_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:
+    lines = [HEADER, *[GOOD] * 3_000, GOOD.replace("prod", "caf\xe9"), GOOD]
+    (tmp_path / "bill.csv").write_bytes("\n".join(lines).encode("cp1252"))
+    with pytest.raises(BillError, match=r"bill\.csv, line 3002: it is not UTF-8"):
+        list(read_charges(tmp_path / "bill.csv"))
+
+
 def test_another_seed_makes_another_bill(tmp_path: Path) -> None:
     impacts = []
     for seed in (7, 8):
