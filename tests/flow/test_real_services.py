@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
+import psutil
 import pytest
 import redis.asyncio
 
 from test_framework.fixtures import real_services
 from test_framework.loop_thread import LoopThread
 from test_framework.servers import embedded_postgres, embedded_valkey
+from test_framework.waiting import wait_until_blocking
 
 pytestmark = pytest.mark.flow
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -89,10 +95,10 @@ def test_workers_take_different_redis_databases(
         seen = []
         for worker in ("gw0", "gw1"):
             monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
-            with real_services.own_redis(loop, f"{url}?db=3") as own:
+            with real_services.own_redis(loop, url.replace("db=0", "db=3")) as own:
                 seen.append(own)
         monkeypatch.delenv("PYTEST_XDIST_WORKER")
-        with real_services.own_redis(loop, f"{url}?db=3") as own:
+        with real_services.own_redis(loop, url.replace("db=0", "db=3")) as own:
             seen.append(own)
     assert len(set(seen)) == 3
 
@@ -105,6 +111,32 @@ def test_a_database_is_made_on_the_named_server_and_dropped(folder: Path, loop: 
             assert name.startswith("mainspring_test_")
             assert asyncio.run(_value(own, "SELECT current_database()")) == name
         assert asyncio.run(_value(url, f"SELECT count(*) FROM pg_database WHERE datname = '{name}'")) == 0
+
+
+def test_embedded_servers_end_with_a_killed_test_process(folder: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from test_framework.servers import *\n"
+        "with embedded_postgres(Path(sys.argv[1])), embedded_valkey(Path(sys.argv[1])):\n"
+        "    print('up', flush=True); sys.stdin.read()"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with owner:
+        assert owner.stdout is not None and owner.stdout.readline() == b"up\n"
+        assert len(servers_in(folder)) == 2
+        owner.kill()
+    wait_until_blocking(lambda: not servers_in(folder), what="the end of both servers")
+
+
+def servers_in(folder: Path) -> list[int]:
+    """The servers that run on sockets in the folder: their main processes."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if str(folder) in words and ("/bin/postgres -D" in words or "/valkey-server " in words):
+            found.append(process.info["pid"])
+    return found
 
 
 async def _value(url: str, statement: str) -> object:
