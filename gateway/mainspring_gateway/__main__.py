@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from mainspring_kit import server, telemetry
 from mainspring_kit.config import SettingsError, split_address
 from mainspring_kit.identity import ServiceTokens, TokenVerifier
@@ -61,6 +63,7 @@ def _listener(address: str) -> socket.socket:
 
 @asynccontextmanager
 async def _serving(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
+    logging.getLogger("aiohttp.server").addFilter(_is_ours)
     runner = web.AppRunner(make_app(gateway), access_log=None, shutdown_timeout=gateway.settings.drain_seconds)
     await runner.setup()
     await web.SockSite(runner, listener, backlog=_BACKLOG).start()
@@ -70,6 +73,11 @@ async def _serving(gateway: Gateway, listener: socket.socket) -> AsyncIterator[N
         yield
     finally:
         await runner.cleanup()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a fault is for the log. That of a request that is no HTTP is not: its text may hold a credential."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def start() -> int:

@@ -23,6 +23,7 @@ _DOCUMENTS: Final = ("application/json", "application/yaml", "application/x-yaml
 _LATER_VERBS: Final = frozenset({"pause", "resume", "retry", "signal", "fork", "explain"})
 _KEY_HEADER: Final = "Idempotency-Key"
 _KEY_CHARACTERS_MAX: Final = 128
+_BODY_SECONDS: Final = 30
 
 
 async def start_run(request: web.Request) -> web.Response:
@@ -182,7 +183,22 @@ async def _body(request: web.Request, accepted: tuple[str, ...]) -> bytes:
             content_type=request.content_type[:64],
             accepted=", ".join(accepted),
         )
-    return await request.read()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            return await request.read()
+    except TimeoutError as error:
+        raise _body_broken(f"it did not come within {_BODY_SECONDS} s") from error
+    except (web.RequestPayloadError, ConnectionError) as error:
+        raise _body_broken("it broke off, or is not encoded as its headers say") from error
+
+
+def _body_broken(fault: str) -> MainspringError:
+    return MainspringError(
+        Reason.REQUEST_INVALID,
+        f"The body can't be read: {fault}. Send it again.",
+        violations=[Violation("body", fault)],
+        field="body",
+    )
 
 
 def _idempotency_key(request: web.Request) -> str:

@@ -29,8 +29,10 @@ Socket = aiohttp.ClientWebSocketResponse
 class GatewayProcess:
     """A running gateway: its address, and ways to speak with it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], port: int, *, log: Path) -> None:
         self.process = process
+        self.port = port
+        self.log = log
         self.url = f"http://127.0.0.1:{port}"
 
     @asynccontextmanager
@@ -79,7 +81,7 @@ def gateway_process(*, pass_fds: tuple[int, ...] = (), **settings: object) -> It
         )
         try:
             port = wait_until_blocking(lambda: _port(Path(log.name), process), what="the gateway's start")
-            yield GatewayProcess(process, port)
+            yield GatewayProcess(process, port, log=Path(log.name))
         finally:
             process.kill()
             process.wait(STOP_SECONDS)

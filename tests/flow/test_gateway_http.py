@@ -17,6 +17,7 @@ pytestmark = pytest.mark.flow
 
 RUN = "01a20f61-31f6-7254-a0c7-b29527f68656"
 BODY_BYTES_MAX = 65_536
+DEFLATED = {"Content-Type": "application/json", "Content-Encoding": "deflate"}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ async def refused(gateway: GatewayProcess, method: str, path: str, **options: An
         ("POST", "/v1/runs", {"headers": bearer(), "json": {"agent": "a", "user_id": "bob"}}, 400, "REQUEST_INVALID"),
         ("POST", "/v1/runs", {"headers": bearer(), "json": ["a"]}, 400, "REQUEST_INVALID"),
         ("POST", "/v1/runs", {"headers": bearer(), "json": "x" * BODY_BYTES_MAX}, 413, "PAYLOAD_TOO_LARGE"),
+        ("POST", "/v1/runs", {"headers": {**bearer(), **DEFLATED}, "data": b"no deflate"}, 400, "REQUEST_INVALID"),
         ("POST", "/v1/runs", {"headers": bearer(), "json": {"agent": "a"}}, 503, "PEER_UNAVAILABLE"),
     ],
 )

@@ -232,6 +232,10 @@ def _check_create(append: state_pb2.Append, types: tuple[str, ...]) -> None:
     for field in ("user_id", "session_id", "executor_id"):
         if not 1 <= len(getattr(create, field)) <= ID_CHARACTERS_MAX:
             raise _invalid(append, f"create.{field}", detail=f"it has 1 to {ID_CHARACTERS_MAX} characters")
+    # One value that no column holds would have the whole batch committed in halves.
+    for field in ("user_id", "session_id", "idempotency_key", "agent", "agent_version", "executor_id", "trace_id"):
+        if "\x00" in getattr(create, field):
+            raise _invalid(append, f"create.{field}", detail="it holds a NUL character")
     if create.policy not in _POLICIES:
         raise _invalid(append, "create.policy", detail="it is none that this release knows")
     if len(create.idempotency_key) > ID_CHARACTERS_MAX:
@@ -274,11 +278,16 @@ def _ending(name: str, event: events_pb2.RunEvent) -> Ending:
 
 def _error(error: types_pb2.RunError) -> dict[str, object]:
     return {
-        "code": error.code,
-        "reason": error.reason,
-        "message": error.message,
-        "metadata": dict(error.metadata),
+        "code": _storable(error.code),
+        "reason": _storable(error.reason),
+        "message": _storable(error.message),
+        "metadata": {_storable(key): _storable(value) for key, value in error.metadata.items()},
     }
+
+
+def _storable(text: str) -> str:
+    """A tool's message may hold NUL, PostgreSQL's JSON may not; the event keeps the message as it came."""
+    return text.replace("\x00", "\ufffd")
 
 
 def _usage(usage: types_pb2.Usage) -> dict[str, object]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+from typing import Final
 
 from mainspring.v1 import types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 
 from mainspring_state.core.append import is_uuid
+
+# Up to the year 9999.
+_MICROSECONDS_MAX: Final = 253_402_300_799 * 1_000_000
 
 
 def read_run_token(token: str) -> str:
@@ -28,7 +32,11 @@ def read_session_token(token: str) -> tuple[int, str]:
     """The create time in microseconds and the id of the session before the next page. REQUEST_INVALID."""
     try:
         microseconds, _, session_id = base64.urlsafe_b64decode(token.encode()).decode().partition(":")
-        return int(microseconds), session_id
+        position = int(microseconds)
+        # What is outside of all calendars is no session's.
+        if not 0 <= position <= _MICROSECONDS_MAX:
+            raise _invalid(token)
+        return position, session_id
     except (binascii.Error, ValueError) as error:
         raise _invalid(token) from error
 

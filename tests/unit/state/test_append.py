@@ -145,6 +145,8 @@ def test_an_event_of_another_run_or_without_payload_is_refused() -> None:
         ({"executor_id": ""}, "create.executor_id"),
         ({"idempotency_key": "k" * 129}, "create.idempotency_key"),
         ({"policy": 77}, "create.policy"),
+        ({"idempotency_key": "a\0b"}, "create.idempotency_key"),
+        ({"agent": "\0"}, "create.agent"),
     ],
 )
 def test_a_malformed_create_is_refused(change: dict[str, Any], field: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
@@ -34,3 +36,9 @@ def test_a_foreign_token_is_refused(token: str) -> None:
         with pytest.raises(MainspringError) as raised:
             read(token)
         assert raised.value.reason_name == "REQUEST_INVALID"
+
+
+@pytest.mark.parametrize("text", ["9" * 30 + ":s", "-" + "9" * 18 + ":s", "-1:s"])
+def test_a_forged_position_that_no_session_can_have_is_refused(text: str) -> None:
+    with pytest.raises(MainspringError, match="page token"):
+        pages.read_session_token(base64.urlsafe_b64encode(text.encode()).decode())
