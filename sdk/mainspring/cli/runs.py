@@ -71,10 +71,17 @@ def list_runs(
         print_json(page)
         return
     rows = (
-        [run["run_id"], run["agent"], run["state"], run["session_id"], local_time(run.get("create_time", ""))]
+        [
+            run["run_id"],
+            run["agent"],
+            run["state"],
+            local_time(run.get("create_time", "")),
+            # A run that was given no session has one of its own, of the same name.
+            "" if run["session_id"] == run["run_id"] else run["session_id"],
+        ]
         for run in page["runs"]
     )
-    print_table(["RUN", "AGENT", "STATE", "SESSION", "CREATED"], rows, empty="No runs.")
+    print_table(["RUN", "AGENT", "STATE", "CREATED", "SESSION"], rows, empty="No runs.")
     if page.get("next_page_token"):
         sys.stderr.write("There are more: --limit shows up to 500.\n")
 

@@ -35,6 +35,12 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"mainspring {command}" in text.partition("Example")[2]
 
 
+def test_the_version_is_told() -> None:
+    told = CliRunner().invoke(app, ["--version"])
+    assert told.exit_code == 0
+    assert re.fullmatch(r"mainspring \d+\.\d+\S*\n", told.output)
+
+
 def test_the_whole_has_help_with_exit_codes_and_where_it_looks() -> None:
     text = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
     assert "MAINSPRING_URL and MAINSPRING_TOKEN" in text
