@@ -10,7 +10,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -58,6 +58,9 @@ class Folder:
             finally:
                 file.truncate(0)
                 self.ready_file.unlink(missing_ok=True)
+                with suppress(OSError):
+                    # Only there for a deep folder, and empty once the servers have stopped.
+                    self._short_folder().rmdir()
 
     def is_held(self) -> bool:
         """Whether a stack runs on this folder now."""
@@ -98,8 +101,7 @@ class Folder:
         if len(os.fsencode(self._sockets)) <= _SOCKET_FOLDER_BYTES_MAX:
             self._sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
             return self._sockets
-        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
-        short = Path(tempfile.gettempdir()) / f"mainspring-{os.geteuid()}-{name}"
+        short = self._short_folder()
         short.mkdir(mode=0o700, exist_ok=True)
         if short.is_symlink() or short.stat().st_uid != os.geteuid():
             raise StartError(f"{short} belongs to somebody else: choose a --data-dir with a shorter path.")
@@ -125,6 +127,10 @@ class Folder:
         """The ready file of the stack that runs here; Any: JSON."""
         found: dict[str, Any] = json.loads(self.ready_file.read_text(encoding="utf-8"))
         return found
+
+    def _short_folder(self) -> Path:
+        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
+        return Path(tempfile.gettempdir()) / f"mainspring-{os.geteuid()}-{name}"
 
     def _take(self, file: TextIO) -> None:
         for _ in range(_LOCK_TRIES):

@@ -59,6 +59,14 @@ def test_sockets_of_a_deep_folder_go_where_their_path_is_short_enough(tmp_path: 
     assert deep.sockets() == deep.sockets() != Folder(tmp_path / ("e" * 100)).sockets()
 
 
+def test_a_short_folder_goes_with_its_holder(tmp_path: Path) -> None:
+    deep = Folder(tmp_path / ("d" * 100))
+    with deep.lock("http://127.0.0.1:1"):
+        sockets = deep.sockets()
+        assert sockets.is_dir()
+    assert not sockets.exists()
+
+
 def test_noted_pids_come_back(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     assert folder.noted_pids() == {}
