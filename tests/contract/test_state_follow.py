@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +13,17 @@ from mainspring_kit.identity import UserExecutionContext, new_id
 
 from test_framework.grpc_testing import error_of
 from test_framework.identities import Identities, unique
-from tests.contract.state_calls import Executor, Watcher, Wiring, completed, executing, person, thinking, wiring
+from tests.contract.state_calls import (
+    Executor,
+    Watcher,
+    Wiring,
+    completed,
+    executing,
+    person,
+    reason_of,
+    thinking,
+    wiring,
+)
 
 pytestmark = pytest.mark.contract
 grpc_service = "State"
@@ -307,4 +318,16 @@ async def test_a_replay_waits_for_its_reader(
     await watcher.subscribe(run_id)
     await watcher.until_caught_up()
     assert watcher.seqs() == list(range(1, 32))
+    watcher.close()
+
+
+async def test_a_user_can_hold_up_nobody_with_subscriptions(
+    aio_stub: Any, identities: Identities, user: UserExecutionContext
+) -> None:
+    watcher = Watcher(aio_stub, identities.metadata(user.tenant_id, user.user_id))
+    wanted = [state_pb2.Subscribe(subscription_id=number, run_id=new_id()) for number in range(1, 1_101)]
+    await watcher.ask(subscribe=wanted)
+    await watcher.until(lambda: len(watcher.deliveries) == len(wanted))
+    reasons = Counter(reason_of(delivery.status) for delivery in watcher.deliveries)
+    assert reasons == {"RUN_NOT_FOUND": 1_000, "QUEUE_FULL": 100}
     watcher.close()

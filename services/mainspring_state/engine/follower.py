@@ -25,6 +25,11 @@ PAGE_BYTES_MAX: Final = 1 << 20
 # Replays wait for the reader when they fill this part of the stream's bound: only what comes live can flood a stream.
 REPLAY_PART: Final = 4
 
+# A user's own stream, which no gateway bounds: how many subscriptions it may have, and how many may begin at a time, so
+# that thousands of them do not stand before everybody else's in the line for the database.
+USER_SUBSCRIPTIONS_MAX: Final = 1_000
+USER_BEGINNINGS_MAX: Final = 4
+
 # The subscription that a create makes for its follower.
 OF_CREATE: Final = 0
 
@@ -55,6 +60,10 @@ class Follower:
         self._sources = sources
         self._limits = limits
         self._caller = caller
+        is_service = caller.principal.is_service
+        maximum = limits.subscriptions_max
+        self._subscriptions_max = maximum if is_service else min(maximum, USER_SUBSCRIPTIONS_MAX)
+        self._beginnings = asyncio.Semaphore(maximum if is_service else USER_BEGINNINGS_MAX)
         self._state_id = state_id
         self._outbox: Outbox[state_pb2.Delivery] = Outbox(
             "follow", items_max=limits.deliveries_max, bytes_max=limits.bytes_max
@@ -158,12 +167,12 @@ class Follower:
                     f"The subscription id {subscribe.subscription_id} is 0 or in use: choose another.",
                     field="subscription_id",
                 )
-            if len(self._keys) >= self._limits.subscriptions_max:
+            if len(self._keys) >= self._subscriptions_max:
                 raise MainspringError(
                     Reason.QUEUE_FULL,
-                    f"One stream takes {self._limits.subscriptions_max} subscriptions: end some or open another.",
+                    f"One stream takes {self._subscriptions_max} subscriptions: end some or open another.",
                     queue="subscriptions",
-                    limit=self._limits.subscriptions_max,
+                    limit=self._subscriptions_max,
                 )
         except MainspringError as error:
             self._refuse(subscribe, error)
@@ -198,7 +207,8 @@ class Follower:
     async def _serve(self, subscribe: state_pb2.Subscribe, key: Key, *, user: UserExecutionContext) -> None:
         """Replays a subscription and leaves it live, or over."""
         try:
-            is_over = await self._replay(subscribe, key, user=user)
+            async with self._beginnings:
+                is_over = await self._replay(subscribe, key, user=user)
         except MainspringError as error:
             self._refuse(subscribe, error)
             is_over = True
