@@ -28,6 +28,7 @@ from mainspring_kit.streams import BatchPool
 UNREACHED: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 EVENTS_PAGE: Final = 1_000
+TOOLS_PAGE: Final = 500
 CANCEL_SECONDS: Final = 6.0
 WAIT_MARGIN_SECONDS: Final = 5.0
 
@@ -186,6 +187,18 @@ class Registry:
             answer = await self._stub.ResolveAgent(request, **self._peer.call(context))
         return answer.agent
 
+    async def list_tools(self, context: UserExecutionContext) -> list[types_pb2.Tool]:
+        """All tools that the context's tenant may call."""
+        tools: list[types_pb2.Tool] = []
+        request = registry_pb2.ListToolsRequest(page_size=TOOLS_PAGE)
+        while True:
+            async with _errors():
+                page = await self._stub.ListTools(request, **self._peer.call(context))
+            tools.extend(page.tools)
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return tools
+
 
 def _unpack_appends(response: state_pb2.AppendResponse) -> tuple[Iterable[state_pb2.AppendResult], str]:
     return response.results, response.state_id
@@ -198,7 +211,7 @@ def _lost_call(call: dispatcher_pb2.ToolCall) -> dispatcher_pb2.ToolResult | Non
     error = types_pb2.RunError(
         code="UNAVAILABLE",
         reason=Reason.WORKER_LOST.name,
-        message=f"The dispatcher went away while {call.tool} ran: what the call did is not known, look before you retry.",
+        message=f"The dispatcher went away while {call.tool} ran: what it did is not known, look before you retry.",
         metadata={"tool": call.tool, "call_id": call.call_id},
     )
     return dispatcher_pb2.ToolResult(

@@ -154,6 +154,23 @@ async def test_a_draining_executor_lets_its_runs_end(ann: Caller, settings: Exec
     assert "run_recovered" not in names(events)
 
 
+async def test_a_tool_that_the_copy_does_not_know_yet_is_asked_for(
+    ann: Caller, settings: ExecutionSettings, tmp_path: Path
+) -> None:
+    await ann.register(scripted_agent("gated", step("Wait.", call("probe.gate", folder="{{input.value}}")), DONE))
+    gate = Gate(tmp_path)
+    gate.open()
+    async with doomed(settings) as execution:
+        # As on an executor that has claimed a run before its copy was whole.
+        execution.around.catalog._effects.clear()
+        run_id = await start_on(execution, ann, agent="gated", value=str(tmp_path))
+        await ann.end_of(run_id)
+    events = await ann.log(run_id)
+    assert [event.tool_executing.effect for event in events if event.HasField("tool_executing")] == [
+        types_pb2.EFFECT_CLASS_KEYED
+    ]
+
+
 async def test_a_draining_executor_takes_no_new_stream(ann: Caller, settings: ExecutionSettings) -> None:
     async def nothing() -> AsyncIterator[pb.StartRunsRequest]:
         await asyncio.Event().wait()

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -81,9 +82,7 @@ class Catalog:
         for entry in change.agents:
             self._apply_agent(entry)
         for tool in change.tools:
-            key = (tool.tenant_id, tool.tool.name)
-            if len(self._effects) < TOOLS_MAX or key in self._effects:
-                self._effects[key] = tool.tool.effect
+            self._keep(tool.tenant_id, tool.tool)
         self._revision = change.revision or self._revision
         self._heard_time = time.monotonic()
 
@@ -105,9 +104,24 @@ class Catalog:
         prepared = self._prepared.get((context.tenant_id, name, version))
         return prepared or await self.resolve(context, name, version=version)
 
+    def lacks(self, tools: Iterable[str], *, tenant_id: str) -> bool:
+        """Whether the copy does not know a tool: it is not whole yet, or the tool was registered just now."""
+        return any((tenant_id, tool) not in self._effects and ("", tool) not in self._effects for tool in tools)
+
+    async def learn_tools(self, context: UserExecutionContext) -> bool:
+        """Asks for the tenant's tools, for one that the copy lacks. Always true."""
+        for tool in await self._registry.list_tools(context):
+            self._keep("" if tool.shared else context.tenant_id, tool)
+        return True
+
     def effect_of(self, tool: str, *, tenant_id: str) -> types_pb2.EffectClass.ValueType:
         """What a second call of a tool would do; an unknown tool is taken for unsafe."""
         return self._effects.get((tenant_id, tool), self._effects.get(("", tool), types_pb2.EFFECT_CLASS_UNSAFE))
+
+    def _keep(self, tenant_id: str, tool: types_pb2.Tool) -> None:
+        key = (tenant_id, tool.name)
+        if len(self._effects) < TOOLS_MAX or key in self._effects:
+            self._effects[key] = tool.effect
 
     def _apply_agent(self, entry: registry_pb2.CatalogAgent) -> None:
         key = (entry.tenant_id, entry.agent.name)

@@ -262,6 +262,12 @@ class Drive:
 
     async def _call_tools(self, plan: AgentPlan, planned: Sequence[events_pb2.PlannedCall]) -> None:
         """Makes the calls of a step, all at once, and records each outcome when it comes."""
+        intents = self._journal.progress.intents
+        new_tools = [call.tool for call in planned if call.call_id not in intents]
+        if self._around.catalog.lacks(new_tools, tenant_id=self._context.tenant_id) and not await self._reach(
+            self._learn_tools
+        ):
+            return
         must_be_durable = self._calls.intend(plan, planned)
         self._journal.flush()
         if must_be_durable:
@@ -336,8 +342,11 @@ class Drive:
             self._context, before_ordinal=self._run.ordinal, runs_max=HISTORY_RUNS_MAX
         )
 
+    async def _learn_tools(self) -> bool:
+        return await self._around.catalog.learn_tools(self._context)
+
     async def _reach(self, ask: Callable[[], Awaitable[Answer]], *, only_abandoned: bool = False) -> Answer | None:
-        """Asks state until it answers; None when interrupted, or when the run is no more."""
+        """Asks a peer until it answers; None when interrupted, or when the run is no more."""
         while True:
             try:
                 return await ask()
