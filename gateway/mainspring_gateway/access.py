@@ -80,10 +80,17 @@ def check_origin(origin: str | None, *, host: str, allowed: frozenset[str]) -> N
     """Lets through what no browser sent, the gateway's own pages and the allowed ones; ORIGIN_REFUSED otherwise."""
     if origin is None or "*" in allowed or origin.lower() in allowed:
         return
-    if urlsplit(origin).netloc.lower() == host.lower() and host:
+    if host and _host_of(origin) == host.lower():
         return
     raise MainspringError(
         Reason.ORIGIN_REFUSED,
         f"Pages of {origin[:128]} may not open sockets here: add the origin to MAINSPRING_ALLOWED_ORIGINS.",
         origin=origin[:128],
     )
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""  # such as http://[::1

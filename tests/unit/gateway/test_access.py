@@ -68,7 +68,8 @@ def test_known_pages_may_open_sockets(origin: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "", "http://gateway:9999", "https://app.example.evil.example"]
+    "origin",
+    ["http://evil.example", "null", "", "http://gateway:9999", "https://app.example.evil.example", "http://[::1"],
 )
 def test_other_pages_may_not(origin: str) -> None:
     with pytest.raises(MainspringError, match="ORIGIN_REFUSED"):
