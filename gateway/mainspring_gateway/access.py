@@ -93,4 +93,4 @@ def _host_of(origin: str) -> str:
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
-        return ""  # such as http://[::1
+        return ""  # a bracket that is not closed
