@@ -226,6 +226,13 @@ def test_the_schema_can_be_migrated_again_by_hand(dev: DevCommand) -> None:
     assert "migration of state failed" in broken.stderr
 
 
+def test_a_database_that_is_away_ends_the_start_without_a_traceback(tmp_path: Path) -> None:
+    done = mainspring("dev", "--port", "0", cwd=tmp_path, DATABASE_URL="postgresql://postgres@127.0.0.1:9/x")
+    assert done.returncode == 1
+    assert "PostgreSQL cannot be reached" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_worker_by_hand_finds_the_dispatcher_and_its_modules_here(dev: DevCommand, tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(SHOP)
     (tmp_path / "clerk.yaml").write_text(CLERK)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import yaml
 from mainspring import Client
 from mainspring.dev import StartError, stack
+from mainspring.dev.witness import Silent
 from mainspring.embedded import postgres, valkey
 
 from test_framework.waiting import wait_until
@@ -155,3 +157,20 @@ async def test_a_stopped_process_gets_its_signal_first() -> None:
         await running.wait_ready()
         assert running.pids["dispatcher"] != [pid]
         assert '"event":"process_stopped"' in running.log("dispatcher").read_text()
+
+
+async def test_a_ready_file_that_a_killed_one_left_is_gone_before_anything_starts(tmp_path: Path) -> None:
+    ready_file = tmp_path / "ready.json"
+    ready_file.write_text('{"gateway": "http://127.0.0.1:9"}')
+    seen: list[bool] = []
+
+    class Onlooker(Silent):
+        def step(self, what: str) -> AbstractContextManager[None]:
+            seen.append(ready_file.exists())
+            return super().step(what)
+
+    nowhere = "postgresql://postgres@127.0.0.1:9/x"
+    with pytest.raises(StartError, match="migration"):
+        async with stack(data_dir=tmp_path / "data", database_url=nowhere, ready_file=ready_file, witness=Onlooker()):
+            pass
+    assert set(seen) == {False}

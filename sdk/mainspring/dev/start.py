@@ -69,6 +69,8 @@ async def stack(
             extra_env={"MAINSPRING_LOG_LEVEL": log_level, **(extra_env or {})},
         )
         ready_files = [folder.ready_file, *([ready_file] if ready_file else [])]
+        for path in ready_files:
+            path.unlink(missing_ok=True)  # of one that was killed: whoever waits for it must not believe it
         guard = await held.enter_async_context(guarding())
         running = Stack(plan, folder, guard=guard, ready_files=ready_files, witness=witness or Silent())
         start = _Start(running, witness or Silent(), parent_fd=held.enter_context(parent_pipe()))
