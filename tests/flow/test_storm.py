@@ -92,7 +92,8 @@ async def test_every_run_ends_as_it_should(flow_stack: Stack, tmp_path: Path, se
 
 def lacked_a_worker(log: list[Frame]) -> bool:
     """Whether the run failed since the only worker was dead for longer than a call waits for one."""
-    return log[-1]["type"] == "agent_failed" and log[-1]["data"]["error"]["reason"] == "WORKER_UNAVAILABLE"
+    last = log[-1]
+    return bool(last["type"] == "agent_failed" and last["data"]["error"]["reason"] == "WORKER_UNAVAILABLE")
 
 
 def calls_that_succeeded(log: list[Frame]) -> list[str]:
