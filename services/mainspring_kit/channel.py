@@ -32,22 +32,12 @@ _KEEPALIVE: Final[list[tuple[str, int]]] = [
 ]
 
 # Retries are for calls that say UNAVAILABLE before they did anything; what writes carries a request id.
+_RETRY: Final = {"maxAttempts": 4, "initialBackoff": "0.05s", "maxBackoff": "0.5s", "backoffMultiplier": 2}
 _SERVICE_CONFIG: Final = orjson.dumps(
     {
         "loadBalancingConfig": [{"round_robin": {}}],
         "healthCheckConfig": {"serviceName": "readiness"},
-        "methodConfig": [
-            {
-                "name": [{}],
-                "retryPolicy": {
-                    "maxAttempts": 4,
-                    "initialBackoff": "0.05s",
-                    "maxBackoff": "0.5s",
-                    "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
-                },
-            }
-        ],
+        "methodConfig": [{"name": [{}], "retryPolicy": _RETRY | {"retryableStatusCodes": ["UNAVAILABLE"]}}],
         "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
     }
 ).decode()

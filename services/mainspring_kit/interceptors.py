@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import grpc
@@ -22,6 +24,7 @@ from mainspring_kit.tasks import background
 
 # Health and reflection answer without a token: probes have none, and they tell nothing of any tenant.
 OPEN_SERVICES: Final = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+CALLS_PER_USER_MAX: Final = 256
 
 # grpc.aio's handlers and contexts are generic over messages that only the generated code knows: Any.
 ServicerContext = grpc.aio.ServicerContext[Any, Any]
@@ -37,6 +40,7 @@ class Guard(grpc.aio.ServerInterceptor):
             for method in service.methods
         }
         self._verifier = verifier
+        self._under_way: Counter[tuple[str, str]] = Counter()
 
     async def intercept_service(
         self,
@@ -49,35 +53,29 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler is None or method.startswith(OPEN_SERVICES):
             return handler
         wrap: Callable[..., Any] = self._streaming if handler.response_streaming else self._unary
-        serializers = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        codecs = (handler.request_deserializer, handler.response_serializer)
         if handler.request_streaming and handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(wrap(method, handler.stream_stream), **serializers)
+            return grpc.stream_stream_rpc_method_handler(wrap(method, handler.stream_stream), *codecs)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(wrap(method, handler.unary_stream), **serializers)
-        if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(wrap(method, handler.stream_unary), **serializers)
-        return grpc.unary_unary_rpc_method_handler(wrap(method, handler.unary_unary), **serializers)
+            return grpc.unary_stream_rpc_method_handler(wrap(method, handler.unary_stream), *codecs)
+        return grpc.unary_unary_rpc_method_handler(wrap(method, handler.unary_unary), *codecs)
 
     def _unary(self, method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: ServicerContext) -> Any:
             async with _Span(method, context, streaming=False):
-                self._admit(method, context)
-                if isinstance(request, Message):
-                    validate(request)
-                return await behaviour(request, context)
+                with self._admit(method, context):
+                    if isinstance(request, Message):
+                        validate(request)
+                    return await behaviour(request, context)
 
         return call
 
     def _streaming(self, method: str, behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., Awaitable[None]]:
         async def call(request: Any, context: ServicerContext) -> None:
-            async with _Span(method, context, streaming=True):
-                self._admit(method, context)
-                if isinstance(request, Message):
-                    validate(request)
-                async with background() as tasks:
+            async with _Span(method, context, streaming=True), background() as tasks:
+                with self._admit(method, context):
+                    if isinstance(request, Message):
+                        validate(request)
                     call_tasks.set(tasks)
                     responses = behaviour(request, context)
                     try:
@@ -88,8 +86,9 @@ class Guard(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _admit(self, method: str, context: ServicerContext) -> None:
-        """Identifies the caller, checks the deadline and the role, and leaves the caller for the servicer to read."""
+    @contextmanager
+    def _admit(self, method: str, context: ServicerContext) -> Iterator[None]:
+        """Identifies the caller, checks deadline, role and bound, and leaves the caller for the servicer to read."""
         remaining = context.time_remaining()
         if remaining is not None and remaining <= 0:
             raise MainspringError(Reason.DEADLINE_EXCEEDED, "The deadline has passed already.", method=method)
@@ -116,6 +115,21 @@ class Guard(grpc.aio.ServerInterceptor):
         elif CONTEXT_KEY in metadata:
             user_context = _decode_context(metadata[CONTEXT_KEY])
         caller_variable.set(Caller(principal, user_context))
+        user = (principal.tenant_id, principal.user_id)
+        if not principal.is_service and self._under_way[user] >= CALLS_PER_USER_MAX:
+            raise MainspringError(
+                Reason.QUEUE_FULL,
+                f"The user has {CALLS_PER_USER_MAX} calls under way in this process: wait for answers first.",
+                queue="calls of the user",
+                limit=CALLS_PER_USER_MAX,
+            )
+        self._under_way[user] += 1
+        try:
+            yield
+        finally:
+            self._under_way[user] -= 1
+            if not self._under_way[user]:
+                del self._under_way[user]
 
 
 class _Span:

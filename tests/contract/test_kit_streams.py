@@ -15,6 +15,7 @@ from mainspring_kit.channel import Peer
 from mainspring_kit.config import ServiceSettings
 from mainspring_kit.errors import from_rpc_error
 from mainspring_kit.identity import ServiceTokens, UserExecutionContext, current_context, new_id
+from mainspring_kit.interceptors import CALLS_PER_USER_MAX
 from mainspring_kit.server import Service, serving
 from mainspring_kit.streams import BatchPool, Replies, serve_batches
 from mainspring_kit.tasks import background
@@ -31,6 +32,8 @@ class Recorder(rpc.StateServiceServicer):
         self.state_id = state_id
         self.seen: list[str] = []
         self.answers = True
+        self.waiting = 0
+        self.release = asyncio.Event()
         self.replies: Replies[pb.AppendResult] | None = None
 
     async def Append(
@@ -50,6 +53,11 @@ class Recorder(rpc.StateServiceServicer):
             request_iterator, replies, receive=receive, frame=lambda items: pb.AppendResponse(results=items)
         ):
             yield response
+
+    async def WaitRun(self, request: pb.WaitRunRequest, context: object) -> pb.WaitRunResponse:
+        self.waiting += 1
+        await self.release.wait()
+        return pb.WaitRunResponse()
 
     async def GetRun(self, request: pb.GetRunRequest, context: object) -> pb.GetRunResponse:
         response = pb.GetRunResponse()
@@ -218,6 +226,25 @@ async def test_refusals_carry_their_reason(instances: Instances) -> None:
         stream = stub.ClaimRuns(pb.ClaimRunsRequest(executor_id="e", credit=1), **peer.stream())
         assert await stream.read() == pb.ClaimRunsResponse()
         assert await reason(stream.read()) == "INTERNAL INTERNAL"
+
+
+async def test_a_users_calls_are_bounded_and_nobody_elses_with_them(instances: Instances) -> None:
+    await instances.start()
+    ada, eve = (
+        (("authorization", f"Bearer {user_token(AUTH, tenant='acme', user=name, roles=('viewer',), ttl_seconds=60)}"),)
+        for name in ("ada", "eve")
+    )
+    async with grpc.aio.insecure_channel(instances.addresses[0]) as channel, asyncio.timeout(20):
+        stub = rpc.StateServiceStub(channel)
+        waits = [stub.WaitRun(pb.WaitRunRequest(run_id="r"), metadata=ada) for _ in range(CALLS_PER_USER_MAX)]
+        while instances.recorders[0].waiting < CALLS_PER_USER_MAX:
+            await stub.GetRun(pb.GetRunRequest(run_id="r"), metadata=eve)
+        with pytest.raises(grpc.RpcError) as caught:
+            await stub.GetRun(pb.GetRunRequest(run_id="r"), metadata=ada)
+        assert from_rpc_error(caught.value).reason_name == "QUEUE_FULL"
+        instances.recorders[0].release.set()
+        await asyncio.gather(*waits)
+        await stub.GetRun(pb.GetRunRequest(run_id="r"), metadata=ada)
 
 
 async def test_a_stream_that_exceeds_its_credit_is_refused(instances: Instances) -> None:
