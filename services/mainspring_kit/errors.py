@@ -1,8 +1,8 @@
 """The one error of the platform and its way through google.rpc.Status; owns no reason of its own.
 
     Exception
-    └── MainspringError          a reason of `ErrorReason`, a message that says what to do next, and metadata
-        └── SettingsError        (config.py) the environment does not describe a process that could run
+    ├── MainspringError          a reason of `ErrorReason`, a message that says what to do next, and metadata
+    └── SettingsError            (config.py) the environment does not describe a process that could run
 
 The reasons, with their gRPC code, HTTP status, WebSocket close code and metadata keys, are the enum `ErrorReason` of
 `protos/mainspring/v1/errors.proto`; this module reads its options, so that the table exists once, for every language.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-CONNECT_SECONDS_MAX: Final = 2.0
-REPLY_SECONDS_MAX: Final = 2.0
+ANSWER_SECONDS_MAX = 2.0
 
 
 def connect(url: str, *, connections_max: int = 16) -> Redis:
@@ -17,8 +14,8 @@ def connect(url: str, *, connections_max: int = 16) -> Redis:
     return Redis.from_url(
         url,
         max_connections=connections_max,
-        socket_connect_timeout=CONNECT_SECONDS_MAX,
-        socket_timeout=REPLY_SECONDS_MAX,
+        socket_connect_timeout=ANSWER_SECONDS_MAX,
+        socket_timeout=ANSWER_SECONDS_MAX,
         health_check_interval=15,
         retry=Retry(NoBackoff(), 0),
     )
