@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,12 @@ def run(folder: Path, body: str) -> tuple[int, str, list[str]]:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-s", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder), str(path)],
         cwd=ROOT,
+        # Only the plugins that the suites need, since each run loads them anew.
+        env={
+            **os.environ,
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_PLUGINS": "pytest_asyncio.plugin,pytest_timeout",
+        },
         capture_output=True,
         text=True,
         timeout=RUN_SECONDS,

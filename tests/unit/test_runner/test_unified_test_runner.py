@@ -19,7 +19,6 @@ RUN_SECONDS = 60
 
 INI = """
 [pytest]
-asyncio_mode = auto
 markers = {markers}
 addopts = --strict-markers -p no:cacheprovider
 """
@@ -60,7 +59,9 @@ def repository(tmp_path: Path) -> Path:
 
 def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs the repository's runner with this Python."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Only the plugins that the suites need, since each run loads them anew.
+    plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "xdist.plugin"}
+    environment = {**os.environ, **plugins, "PYTHONPATH": str(ROOT)}
     environment.pop(runner.NO_DOCKER, None)
     return subprocess.run(
         [sys.executable, str(repository / "tests/unified_test_runner.py"), *arguments],
