@@ -32,12 +32,10 @@ from mainspring_dispatcher.core.parts import (
 )
 
 SILENT_SECONDS: Final = 3.0  # a worker beats each second
-RETURN_SECONDS: Final = (
-    3.0  # how long a worker whose stream broke may take to come back for calls that only it may finish
-)
-UNSERVED_SECONDS: Final = (
-    2.0  # how long a call waits for a tool that nobody serves now: a worker that restarts is back by then
-)
+# How long a worker whose stream broke may take to come back for calls that only it may finish.
+RETURN_SECONDS: Final = 3.0
+# How long a call waits for a tool that nobody serves now: a restarted worker is back by then, also on a busy machine.
+UNSERVED_SECONDS: Final = 10.0
 UNKNOWN_SECONDS: Final = 0.5  # how long for a tool that nobody has heard of: its registration may be on its way here
 CANCEL_SECONDS: Final = 4.8  # how long a worker may take to say that a call stopped: CancelCalls answers within 5 s
 EXECUTIONS_MAX: Final = 3

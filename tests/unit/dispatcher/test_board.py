@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from mainspring.v1 import dispatcher_pb2 as pb
 from mainspring.v1 import types_pb2
+from mainspring_dispatcher.core.board import UNSERVED_SECONDS
 from mainspring_kit.errors import MainspringError
 
 from tests.unit.dispatcher.boards import KEYED, PURE, UNSAFE, FakeCaller, Play, make_call
@@ -117,7 +118,7 @@ def test_a_tenants_own_tool_wins_over_the_shared_one(play: Play) -> None:
     assert (own_link.call_ids, shared.call_ids) == (["c1"], ["c2"])
     play.board.detach(own, own_link, now=play.now, returns=False)
     play.call("c3", tenant="acme")
-    play.pass_time(2.5)
+    play.pass_time(UNSERVED_SECONDS + 0.5)
     assert shared.call_ids == ["c2"], "a shared tool does not stand in for a tenant's own"
     assert play.caller.reasons == ["WORKER_UNAVAILABLE", "WORKER_UNAVAILABLE"]
 
@@ -134,7 +135,7 @@ def test_an_unknown_tool_is_not_found_after_a_moment(play: Play) -> None:
 def test_a_known_tool_waits_for_its_worker_and_then_is_unavailable(play: Play) -> None:
     play.know("echo")
     play.call("c1")
-    play.pass_time(1.8)
+    play.pass_time(UNSERVED_SECONDS - 0.2)
     assert play.caller.answers == []
     play.pass_time(0.4)
     assert play.caller.reasons == ["WORKER_UNAVAILABLE"]
@@ -144,7 +145,7 @@ def test_a_known_tool_waits_for_its_worker_and_then_is_unavailable(play: Play) -
 def test_before_the_catalogue_is_read_no_tool_is_unknown(play: Play) -> None:
     play.board.catalogue_complete = False
     play.call("c1")
-    play.pass_time(1.8)
+    play.pass_time(UNSERVED_SECONDS - 0.2)
     assert play.caller.answers == []
     _, link = play.attach("w", "echo")
     assert link.call_ids == ["c1"]

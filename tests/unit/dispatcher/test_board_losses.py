@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from mainspring.v1 import dispatcher_pb2 as pb
 from mainspring.v1 import types_pb2
+from mainspring_dispatcher.core.board import UNSERVED_SECONDS
 
 from tests.unit.dispatcher.boards import KEYED, PURE, UNSAFE, Play
 
@@ -207,7 +208,7 @@ def test_attaching_again_takes_back_what_is_no_longer_served(play: Play) -> None
     play.attach("w", "echo", "other")
     _, link = play.attach("w", "echo")
     play.call("c1", "other")
-    play.pass_time(2.2)
+    play.pass_time(UNSERVED_SECONDS + 0.2)
     assert link.calls == []
     assert play.caller.reasons == ["WORKER_UNAVAILABLE"]
 
@@ -227,7 +228,7 @@ def test_a_line_waits_anew_when_its_last_worker_leaves(play: Play) -> None:
     play.call("c2")
     play.pass_time(10, worker)
     play.board.detach(worker, link, now=play.now, returns=False)
-    play.pass_time(1.8)
+    play.pass_time(UNSERVED_SECONDS - 0.2)
     assert play.caller.answers == []
     play.pass_time(0.4)
     assert play.caller.reasons == ["WORKER_UNAVAILABLE", "WORKER_UNAVAILABLE"]
