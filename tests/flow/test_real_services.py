@@ -100,7 +100,7 @@ def test_workers_take_different_redis_databases(
         monkeypatch.delenv("PYTEST_XDIST_WORKER")
         with real_services.own_redis(loop, url.replace("db=0", "db=3")) as own:
             seen.append(own)
-    assert len(set(seen)) == 3
+    assert len(set(seen)) == 3 and all(own.startswith("unix:///") for own in seen), seen
 
 
 def test_a_database_is_made_on_the_named_server_and_dropped(folder: Path, loop: LoopThread) -> None:
