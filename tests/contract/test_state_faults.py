@@ -20,6 +20,7 @@ from tests.contract.state_calls import (
     Executor,
     Watcher,
     Wiring,
+    claiming,
     completed,
     executing,
     person,
@@ -173,3 +174,20 @@ async def _waits_for_a_lock(owner: Any) -> bool:
             "WHERE usename = 'mainspring_state' AND wait_event_type = 'Lock')"
         )
     )
+
+
+async def test_a_claim_that_the_database_made_before_its_connection_broke_is_not_lost(
+    aio_stub: Any, identities: Identities, executor: Executor, owner: Any
+) -> None:
+    user = person()
+    async with claiming(aio_stub, identities) as claimer:
+        async with owner.transaction():
+            # The claim is made; what goes with it cannot be read before the connection breaks.
+            await owner.execute("LOCK TABLE state.inputs IN ACCESS EXCLUSIVE MODE")
+            run_id = await executor.start(user)
+            claimed = "SELECT count(*) FROM state.leases WHERE run_id = $1 AND claim_seq IS NOT NULL"
+            async with asyncio.timeout(TIMEOUT):
+                while not await owner.fetchval(claimed, run_id):
+                    await owner.execute("SELECT pg_sleep(0.05)")
+            await break_connections(owner)
+        assert (await claimer.next_claim()).run.run_id == run_id

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,10 +18,10 @@ from test_framework.grpc_testing import error_of
 from test_framework.identities import Identities, unique
 from tests.contract.state_calls import (
     TIMEOUT,
-    TIMES,
     Executor,
     Wiring,
     cancelled,
+    claiming,
     completed,
     executing,
     person,
@@ -38,103 +37,12 @@ grpc_service = "State"
 # Any in this module: generated stubs and calls have no common base.
 
 RECOVERED = events_pb2.RunEvent(run_recovered=events_pb2.RunRecovered(attempt=1))
-BEAT_SECONDS = TIMES["lease_seconds"] / 8
 
 
 @pytest.fixture(scope="module")
 def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
     """The state service's own."""
     return wiring(contract_environment)
-
-
-class Claimer:
-    """An executor that beats and, with credit, claims."""
-
-    def __init__(self, stub: Any, identities: Identities, executor_id: str, credit: int) -> None:
-        metadata = identities.service_metadata()
-        self.executor_id = executor_id
-        self.claimed: asyncio.Queue[state_pb2.ClaimedRun] = asyncio.Queue()
-        self.inputs: asyncio.Queue[state_pb2.RunInput] = asyncio.Queue()
-        self.stored = asyncio.Event()
-        self._beats = stub.Heartbeat(metadata=metadata, timeout=TIMEOUT * 2)
-        self._claims = None
-        if credit:
-            request = state_pb2.ClaimRunsRequest(executor_id=executor_id, credit=credit)
-            self._claims = stub.ClaimRuns(request, metadata=metadata, timeout=TIMEOUT * 2)
-        self._is_silent = asyncio.Event()
-
-    async def beat(self) -> None:
-        """Beats until it is silenced."""
-        number = 0
-        while not self._is_silent.is_set():
-            number += 1
-            await self._beats.write(state_pb2.HeartbeatRequest(executor_id=self.executor_id, beat=number))
-            try:
-                await asyncio.wait_for(self._is_silent.wait(), BEAT_SECONDS)
-            except TimeoutError:
-                continue
-
-    async def read_beats(self) -> None:
-        """Takes in what comes down the heartbeat stream."""
-        while (response := await self._beats.read()) is not grpc.aio.EOF:
-            if response.beat:
-                assert response.lease.ToTimedelta() == timedelta(seconds=TIMES["lease_seconds"])
-                self.stored.set()
-            for run_input in response.inputs:
-                self.inputs.put_nowait(run_input)
-
-    async def read_claims(self) -> None:
-        """Takes in claimed runs."""
-        while self._claims is not None and (response := await self._claims.read()) is not grpc.aio.EOF:
-            assert 1 <= len(response.runs) <= 64
-            for claimed in response.runs:
-                self.claimed.put_nowait(claimed)
-
-    async def next_claim(self) -> state_pb2.ClaimedRun:
-        """The next claimed run."""
-        return await asyncio.wait_for(self.claimed.get(), TIMEOUT)
-
-    async def next_input(self) -> state_pb2.RunInput:
-        """The next input."""
-        return await asyncio.wait_for(self.inputs.get(), TIMEOUT)
-
-    def fall_silent(self) -> None:
-        """Beats no more, its streams stay."""
-        self._is_silent.set()
-
-    async def leave(self) -> None:
-        """Says goodbye."""
-        self._is_silent.set()
-        await self._beats.write(state_pb2.HeartbeatRequest(executor_id=self.executor_id, beat=99_999, leaving=True))
-
-    def break_off(self) -> None:
-        """Dies: its streams break."""
-        self._is_silent.set()
-        self._beats.cancel()
-        self.break_claims()
-
-    def break_claims(self) -> None:
-        """Loses its claim stream only."""
-        if self._claims is not None:
-            self._claims.cancel()
-
-
-@asynccontextmanager
-async def claiming(
-    stub: Any, identities: Identities, executor_id: str = "", *, credit: int = 100
-) -> AsyncIterator[Claimer]:
-    """A living executor."""
-    claimer = Claimer(stub, identities, executor_id or unique("claimer"), credit)
-    tasks = [asyncio.ensure_future(work()) for work in (claimer.beat, claimer.read_beats, claimer.read_claims)]
-    try:
-        await asyncio.wait_for(claimer.stored.wait(), TIMEOUT)
-        yield claimer
-    finally:
-        claimer.break_off()
-        await asyncio.wait(tasks)
-        for task in tasks:
-            if not task.cancelled() and isinstance(task.exception(), AssertionError):
-                raise task.exception() or AssertionError
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
+import asyncpg
 import grpc
 import pytest
 from mainspring.v1 import state_pb2, state_pb2_grpc, types_pb2
@@ -27,6 +28,7 @@ from tests.contract.state_calls import (
     Executor,
     Watcher,
     Wiring,
+    cancelled,
     completed,
     executing,
     person,
@@ -214,6 +216,38 @@ async def test_one_session_at_two_processes_has_one_line(
     assert {reason_of(result.status) for result in results} == {""}
     assert sorted(result.ordinal for result in results) == list(range(1, 41))
     assert [result.state for result in results].count(types_pb2.RUN_STATE_RUNNING) == 1
+
+
+async def test_a_run_that_leaves_the_line_in_the_moment_of_its_turn_holds_nobody_up(
+    other_stub: Any,
+    identities: Identities,
+    executor: Executor,
+    user: UserExecutionContext,
+    contract_environment: dict[str, Any],
+) -> None:
+    owner = await asyncpg.connect(contract_environment["owner_database_url"])
+    head = await executor.start(user)
+    next_run, last_run = [(await executor.send_one(executor.create(user))).run_id for _ in range(2)]
+
+    async def until_waiting(count: int) -> None:
+        asked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%state.append%'"
+        async with asyncio.timeout(TIMEOUT):
+            while await owner.fetchval(asked) < count:
+                await owner.execute("SELECT pg_sleep(0.02), pg_stat_clear_snapshot()")
+
+    async with executing(other_stub, identities) as other:
+        async with owner.transaction():
+            await owner.execute("SELECT FROM state.queued WHERE run_id = $1 FOR UPDATE", next_run)
+            ending = asyncio.ensure_future(executor.send_one(executor.append(user, head, completed(), after=1)))
+            await until_waiting(1)
+            leaving = asyncio.ensure_future(other.send_one(other.append(user, next_run, cancelled())))
+            await until_waiting(2)
+        assert [reason_of((await answer).status) for answer in (ending, leaving)] == ["", ""]
+    line = await owner.fetchrow("SELECT head_run_id, waiting FROM state.sessions WHERE user_id = $1", user.user_id)
+    ready = await owner.fetch("SELECT run_id FROM state.ready WHERE tenant_id = $1", user.tenant_id)
+    await owner.close()
+    assert (str(line["head_run_id"]), line["waiting"]) == (last_run, 0)
+    assert [str(row["run_id"]) for row in ready] == [last_run]
 
 
 async def test_one_key_at_two_processes_names_one_run(

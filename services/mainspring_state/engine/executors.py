@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -23,8 +23,6 @@ from mainspring_state.store.leases import CLAIM_PAGE_MAX, Claim, Leases
 
 INPUT_SECONDS: Final = 1.0
 TIDY_SECONDS: Final = 30.0
-# A claim that old has reached its executor, or the stream would be known to be broken.
-HANDED_OVER_SECONDS: Final = 10.0
 EXECUTOR_ID_CHARACTERS_MAX: Final = 128
 
 
@@ -40,12 +38,11 @@ class _Heartbeat:
 
 @dataclass(slots=True, eq=False)
 class _Claimer:
-    """One claim stream, and what it was given lately."""
+    """One claim stream."""
 
     executor_id: str
     credit: int
     outbox: Outbox[state_pb2.ClaimedRun]
-    handed: list[tuple[float, types_pb2.Run]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,9 @@ class Executors:
         self._heartbeats: dict[str, _Heartbeat] = {}
         self._claimers: list[_Claimer] = []
         self._chances = asyncio.Event()
-        self._farewells: asyncio.Queue[_Heartbeat | _Claimer] = asyncio.Queue()
+        # Executors whose last claims may not have reached them.
+        self._doubtful: set[str] = set()
+        self._farewells: asyncio.Queue[_Heartbeat] = asyncio.Queue()
         self._is_draining = False
 
     async def run(self) -> None:
@@ -160,8 +159,8 @@ class Executors:
                     yield state_pb2.ClaimRunsResponse(runs=runs[start : start + CLAIM_PAGE_MAX])
         finally:
             self._claimers.remove(claimer)
-            if claimer.handed:
-                self._farewells.put_nowait(claimer)
+            self._doubtful.add(claimer.executor_id)
+            self.kick()
 
     async def _read_beats(self, requests: AsyncIterator[state_pb2.HeartbeatRequest], heartbeat: _Heartbeat) -> None:
         async for request in requests:
@@ -191,14 +190,11 @@ class Executors:
         heartbeat.outbox.close()
 
     async def _bid_farewell(self) -> None:
-        """After a stream broke: less patience with its executor, and what it was given last is looked at again."""
+        """After a heartbeat stream broke: less patience with its executor."""
         while True:
             gone = await self._farewells.get()
             try:
-                if isinstance(gone, _Heartbeat):
-                    await self._leases.shorten_lease(gone.executor_id, gone.stream_id, seconds=self._times.broken_lease)
-                else:
-                    await self._leases.disown([run for _, run in gone.handed])
+                await self._leases.shorten_lease(gone.executor_id, gone.stream_id, seconds=self._times.broken_lease)
             except MainspringError as error:
                 telemetry.logger().debug("farewell_lost", executor_id=gone.executor_id, detail=str(error)[:200])
             asyncio.get_running_loop().call_later(self._times.broken_lease, self.kick)
@@ -222,6 +218,7 @@ class Executors:
         while True:
             self._chances.clear()
             try:
+                await self._disown_doubtful()
                 while await self._claim_round():
                     pass
                 if time.monotonic() >= tidy_due:
@@ -235,6 +232,12 @@ class Executors:
             except TimeoutError:
                 pass
 
+    async def _disown_doubtful(self) -> None:
+        """Until the database has heard it: nobody else would ever look at these claims again."""
+        for executor_id in list(self._doubtful):
+            await self._leases.disown(executor_id)
+            self._doubtful.discard(executor_id)
+
     async def _claim_round(self) -> bool:
         """Claims once for each claimer; says whether anybody got a full page, so that there may be more."""
         connected = self._presence.connected
@@ -242,29 +245,30 @@ class Executors:
             return False
         is_full = False
         for claimer in list(self._claimers):
-            claims = await self._leases.claim(claimer.executor_id, credit=claimer.credit, connected=connected)
-            good = [claim for claim in claims if not claim.is_poisoned]
-            for claim in claims:
-                if claim.is_poisoned:
-                    self._poison(claim)
-            if good:
-                await self._hand_over(claimer, good)
+            try:
+                claims = await self._leases.claim(claimer.executor_id, credit=claimer.credit, connected=connected)
+                for claim in claims:
+                    if claim.is_poisoned:
+                        self._poison(claim)
+                await self._hand_over(claimer, [claim for claim in claims if not claim.is_poisoned])
+            except MainspringError:
+                # Made or not, nobody knows.
+                self._doubtful.add(claimer.executor_id)
+                raise
             is_full = is_full or len(claims) >= CLAIM_PAGE_MAX
         # The first come would be served first: everybody gets a turn.
         self._claimers = self._claimers[1:] + self._claimers[:1]
         return is_full
 
     async def _hand_over(self, claimer: _Claimer, claims: list[Claim]) -> None:
-        now = time.monotonic()
-        runs = [claim.run for claim in claims]
-        claimer.handed = [pair for pair in claimer.handed if now - pair[0] < HANDED_OVER_SECONDS]
-        claimer.handed += [(now, run) for run in runs]
-        if claimer not in self._claimers:
-            await self._leases.disown(runs)
+        if not claims:
             return
         inputs: dict[str, list[state_pb2.RunInput]] = {}
-        for run_input in await self._leases.inputs_of(runs):
+        for run_input in await self._leases.inputs_of([claim.run for claim in claims]):
             inputs.setdefault(run_input.run_id, []).append(run_input)
+        if claimer not in self._claimers:
+            # Its stream broke while it was claimed for.
+            self._doubtful.add(claimer.executor_id)
         for claim in claims:
             telemetry.logger().info(
                 "run_claimed", run_id=claim.run.run_id, executor_id=claimer.executor_id, takeovers=claim.takeovers

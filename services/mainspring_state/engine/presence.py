@@ -25,7 +25,6 @@ class Presence:
         self._leases = leases
         self._offset_seconds = 0.0
         self.peers: list[str] = []
-        self.peers_changed = asyncio.Event()
         self.connected: datetime | None = None
 
     def now(self) -> float:
@@ -64,7 +63,6 @@ class Presence:
         if sorted(peers) != sorted(self.peers):
             telemetry.logger().info("peers_changed", count=len(peers))
             self.peers = peers
-            self.peers_changed.set()
 
     async def _make_partitions(self) -> None:
         try:

@@ -45,8 +45,8 @@ SELECT state.beat($1, $2, $3);
 -- shorten_lease: an executor's stream broke, or it leaves.
 SELECT state.shorten_lease($1, $2, $3);
 
--- disown: claims were not handed over.
-SELECT state.disown($1, $2, $3);
+-- disown: claims may not have been handed over.
+SELECT state.disown($1, $2);
 
 -- claim: takes runs that nobody drives.
 SELECT * FROM state.claim($1, $2, $3, $4, $5, $6, $7);

@@ -89,15 +89,10 @@ class Leases:
             )
         return [Claim(to_run(row), row["takeovers"], row["stalled"] > STALLED_MAX) for row in rows]
 
-    async def disown(self, runs: Sequence[types_pb2.Run]) -> None:
-        """These claims may not have reached their executor: unless their runs go on, they are claimable again."""
+    async def disown(self, executor_id: str) -> None:
+        """Claims of this process may not have reached the executor: unless their runs went on, they are claimable."""
         with postgres.reachable():
-            await self._pool.execute(
-                _SQL["disown"],
-                [run.tenant_id for run in runs],
-                [run.run_id for run in runs],
-                [run.epoch for run in runs],
-            )
+            await self._pool.execute(_SQL["disown"], self._state_id, executor_id)
 
     async def tidy_ready(self) -> None:
         """Forgets claimables of runs that have ended."""

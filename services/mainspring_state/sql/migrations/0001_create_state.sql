@@ -450,8 +450,13 @@ BEGIN
         AND n.consumed_seq IS NULL;
     END IF;
 
-    -- A run that ended while it stood in line leaves it.
+    -- A run that ended while it stood in line leaves it; the line moves on if its turn came in this very moment. The
+    -- session is locked first, as whoever moves a line does.
     IF unstarted IS NOT NULL THEN
+      PERFORM FROM state.sessions s WHERE (s.tenant_id, s.user_id, s.session_id) IN (
+        SELECT r.tenant_id, r.user_id, r.session_id FROM unnest(unstarted) AS i
+        JOIN state.runs r ON r.tenant_id = tenants[i] AND r.run_id = runs[i])
+      ORDER BY s.tenant_id, s.user_id, s.session_id FOR UPDATE;
       WITH gone AS (
         DELETE FROM state.queued q USING unnest(unstarted) AS i, state.runs r
         WHERE r.tenant_id = tenants[i] AND r.run_id = runs[i] AND q.tenant_id = r.tenant_id AND q.user_id = r.user_id
@@ -462,6 +467,14 @@ BEGIN
       FROM (SELECT tenant_id, user_id, session_id, count(*) FROM gone GROUP BY 1, 2, 3) AS gone
       WHERE s.tenant_id = gone.tenant_id AND s.user_id = gone.user_id AND s.session_id = gone.session_id;
       DELETE FROM state.ready d USING unnest(unstarted) AS i WHERE d.tenant_id = tenants[i] AND d.run_id = runs[i];
+      WITH freed AS (
+        UPDATE state.sessions s SET head_run_id = NULL FROM unnest(unstarted) AS i
+        JOIN state.runs r ON r.tenant_id = tenants[i] AND r.run_id = runs[i]
+        WHERE s.tenant_id = r.tenant_id AND s.user_id = r.user_id AND s.session_id = r.session_id
+          AND s.head_run_id = r.run_id
+        RETURNING i, s.waiting
+      )
+      SELECT moved || array_agg(i) FILTER (WHERE waiting > 0) INTO moved FROM freed;
     END IF;
 
     -- The line moves: the next run of the session is claimable.
@@ -530,13 +543,11 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
   WHERE executor_id = an_executor_id AND (a_stream_id = '' OR stream_id = a_stream_id)
 $body$;
 
--- Claims that a state process could not hand over: another look finds them, unless their runs went on.
-CREATE FUNCTION state.disown(tenants text[], run_ids uuid[], epochs bigint[]) RETURNS void
+-- Claims that a state process may not have handed over: another look finds them, unless their runs went on.
+CREATE FUNCTION state.disown(a_state_id text, an_executor_id text) RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
   UPDATE state.leases l SET claim_state_id = ''
-  FROM unnest(tenants, run_ids, epochs) AS claimed (tenant_id, run_id, epoch)
-  WHERE l.tenant_id = claimed.tenant_id AND l.run_id = claimed.run_id AND l.epoch = claimed.epoch
-    AND l.claim_state_id IS NOT NULL
+  WHERE l.claim_state_id = a_state_id AND l.executor_id = an_executor_id
 $body$;
 
 -- Leases one run to an executor under its next epoch, if it has not ended; null otherwise. takes_over: its holder died.
@@ -645,7 +656,7 @@ BEGIN
 END
 $body$;
 
--- Forgets claimables of runs that ended or that somebody drives: what is asked of those goes to their holder.
+-- Forgets claimables of runs that ended.
 CREATE FUNCTION state.tidy_ready() RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
   DELETE FROM state.ready d
