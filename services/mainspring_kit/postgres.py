@@ -34,6 +34,9 @@ UNREACHABLE: Final = (
     asyncpg.ObjectNotInPrerequisiteStateError,
 )
 
+# What it raises when a statement was none the worse for coming at another moment: deadlocks, full disks.
+_TRANSIENT: Final = (asyncpg.TransactionRollbackError, asyncpg.InsufficientResourcesError)
+
 _IDLE: Final = {"idle_in_transaction_session_timeout": "10s"}  # a process that freezes holds no lock for ever
 _SETTINGS: Final = {"application_name": "mainspring", "jit": "off", "timezone": "UTC", **_IDLE}
 _MIGRATION_LOCK: Final = 7_236_480_151
@@ -62,12 +65,12 @@ async def connect_one(url: str) -> asyncpg.Connection[asyncpg.Record]:
 
 @contextmanager
 def reachable() -> Iterator[None]:
-    """Turns the server's absence within the block into PEER_UNAVAILABLE."""
+    """Turns the server's absence within the block, and what passes by itself, into PEER_UNAVAILABLE."""
     try:
         yield
     except asyncpg.DataError:
         raise  # an InterfaceError too, but about a value: ours
-    except UNREACHABLE as error:
+    except (*UNREACHABLE, *_TRANSIENT) as error:
         raise MainspringError(
             Reason.PEER_UNAVAILABLE,
             f"PostgreSQL cannot be reached ({type(error).__name__}): try again soon.",

@@ -152,6 +152,23 @@ async def test_a_queued_run_is_handed_over_when_its_turn_comes(
     assert run.start_time.ToNanoseconds() >= run.create_time.ToNanoseconds() > 0
 
 
+async def test_a_create_sent_again_after_somebody_claimed_its_run_gives_no_lease(
+    aio_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
+) -> None:
+    head, create = await executor.start(user), executor.create(user)
+    assert (await executor.send_one(create)).state == types_pb2.RUN_STATE_QUEUED
+    async with (
+        claiming(aio_stub, identities) as claimer,
+        claiming(aio_stub, identities, executor.executor_id, credit=0),
+    ):
+        await executor.go_on(user, head, completed(), after=1)
+        claimed = await claimer.next_claim()
+        assert (claimed.run.run_id, claimed.run.state) == (create.run_id, types_pb2.RUN_STATE_RUNNING)
+        again = await executor.send_one(create)
+        assert (reason_of(again.status), again.state) == ("", types_pb2.RUN_STATE_QUEUED)
+        await executor.go_on(user, create.run_id, started(), completed(), epoch=claimed.run.epoch)
+
+
 async def test_an_input_reaches_the_holder_and_is_repeated_until_consumed(
     aio_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
 ) -> None:

@@ -303,8 +303,10 @@ BEGIN
   became_ready := false;
 
   IF create_count > 0 THEN
+    -- A repeat is never told RUNNING once somebody claimed the run: that would say that its creator holds it.
     FOR entry IN
-      SELECT i, r.append_id = append_ids[i] AS repeated, r.run_id, r.state, r.last_seq, r.ordinal
+      SELECT i, r.append_id = append_ids[i] AS repeated, r.run_id, r.last_seq, r.ordinal,
+        CASE WHEN r.state = 2 AND r.epoch > 1 THEN 1 ELSE r.state END AS state
       FROM generate_series(1, create_count) AS i
       JOIN state.runs r ON r.tenant_id = tenants[i] AND r.run_id = runs[i]
     LOOP
