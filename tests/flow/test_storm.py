@@ -73,6 +73,7 @@ async def test_every_run_ends_as_it_should(flow_stack: Stack, tmp_path: Path, se
             tasks.create_task(rage(flow_stack, weather, random.Random(seed)))
             work = [tasks.create_task(keep_running(user, weather, tmp_path / "effects")) for user in users]
 
+    await flow_stack.wait_ready()
     logs = [log for task in work for log in task.result()]
     assert len(weather.killed) > STORM_SECONDS / PAUSE_SECONDS[1] / 2, weather.killed
     assert len(logs) > USERS
