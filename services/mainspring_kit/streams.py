@@ -25,7 +25,6 @@ FRAME_BYTES_MAX: Final = 1 << 20
 _ADDRESS_REFRESH_SECONDS: Final = 1.0
 _RECONNECT_SECONDS_MIN: Final = 0.05
 _RECONNECT_SECONDS_MAX: Final = 1.0
-_SUCCESSORS_MAX: Final = 1_000
 # What grpc.aio raises besides RpcError when a call broke under a reader or writer.
 _BROKEN_CALL: Final = (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError)
 
@@ -266,7 +265,6 @@ class BatchPool(Generic[Sent, Answer]):
         self._queue_max = queue_max
         self._links: dict[str, _Link[Sent, Answer]] = {}
         self._homeless: list[tuple[Sent, asyncio.Future[Answer]]] = []
-        self._successors: dict[str, str] = {}
         self._last_item_id = 0
 
     @property
@@ -274,12 +272,13 @@ class BatchPool(Generic[Sent, Answer]):
         """Whether any instance can be reached now."""
         return any(link.is_live for link in self._links.values())
 
-    def post(self, item: Sent, *, instance_id: str = "") -> asyncio.Future[Answer]:
-        """Queues an item, in order, for the named instance (or whoever took over from it), else the least busy one.
+    def post(self, item: Sent, *, instance_id: str = "", after: Sent | None = None) -> asyncio.Future[Answer]:
+        """Queues an item, in order, for the named instance, else the least busy one.
 
+        While `after` is unanswered the item goes behind it instead, wherever that has moved meanwhile.
         QUEUE_FULL at the bound. The future never fails by itself: whoever waits sets a deadline.
         """
-        link = self._choose(instance_id)
+        link = self._choose(instance_id, after.item_id if after is not None else 0)
         queued = len(link.waiting) if link is not None else len(self._homeless)
         if queued >= self._queue_max:
             raise MainspringError(
@@ -354,13 +353,14 @@ class BatchPool(Generic[Sent, Answer]):
         while True:
             await call.write(self._frame(await link.next_frame(self._credit)))
 
-    def _choose(self, instance_id: str) -> _Link[Sent, Answer] | None:
+    def _choose(self, instance_id: str = "", after_id: int = 0) -> _Link[Sent, Answer] | None:
         links = list(self._links.values())
-        while instance_id:
-            for link in links:
-                if link.instance_id == instance_id:
-                    return link
-            instance_id = self._successors.get(instance_id, "")
+        for link in links:
+            if after_id in link.waiting:
+                return link
+        for link in links:
+            if instance_id and link.instance_id == instance_id:
+                return link
         live = [link for link in links if link.is_live] or links
         return min(live, key=lambda link: len(link.waiting), default=None)
 
@@ -370,22 +370,19 @@ class BatchPool(Generic[Sent, Answer]):
         if not live:
             return
         target = min(live, key=lambda other: len(other.waiting))
-        if link.instance_id and target.instance_id:
-            if len(self._successors) > _SUCCESSORS_MAX:
-                self._successors.clear()
-            self._successors[link.instance_id] = target.instance_id
-            link.instance_id = ""
+        link.instance_id = ""
         for item, future in link.waiting.values():
             target.add(item, future)
         link.waiting, link.unsent = {}, deque()
 
     def _rehouse(self) -> None:
+        """All go to one instance, so that they stay in order."""
+        link = self._choose()
+        if link is None:
+            return
         homeless, self._homeless = self._homeless, []
         for item, future in homeless:
-            link = self._choose("")
-            if link is None:
-                self._homeless.append((item, future))
-            elif not future.cancelled():
+            if not future.cancelled():
                 link.add(item, future)
 
 

@@ -20,6 +20,8 @@ from mainspring_kit.server import Service, serving
 from mainspring_kit.streams import BatchPool, Replies, serve_batches
 from mainspring_kit.tasks import background
 
+from test_framework.waiting import wait_until
+
 pytestmark = pytest.mark.contract
 
 AUTH, SERVICE = "dev-" + "a" * 40, "dev-" + "s" * 40
@@ -164,6 +166,31 @@ async def test_unanswered_items_move_in_order_when_an_instance_dies(instances: I
             futures = [pool.post(append(number), instance_id="state-0") for number in range(10, 13)]
             await asyncio.gather(*futures)
     assert second.seen == [str(number) for number in range(13)], "the successor got everything, once, in order"
+
+
+async def test_what_follows_goes_where_the_unanswered_went(
+    instances: Instances,
+) -> None:
+    first, second = await instances.start(), await instances.start()
+    async with Peer(",".join(instances.addresses), ServiceTokens(SERVICE, "tester")) as peer:
+        pool = pool_to(peer)
+
+        def both_are_named() -> bool:
+            return {link.instance_id for link in pool._links.values() if link.is_live} == {"state-0", "state-1"}
+
+        async with background(pool.run()):
+            await wait_until(both_are_named)
+            first.answers = second.answers = False
+            before = append(1)
+            pool.post(before, instance_id="state-0")
+            await wait_until(lambda: first.seen == ["1"])
+            assert first.replies is not None
+            first.replies.outbox.close()  # the stream breaks, the process lives
+            await wait_until(lambda: second.seen == ["1"])
+            await wait_until(both_are_named)
+            pool.post(append(2), instance_id="state-0", after=before)
+            await wait_until(lambda: len(first.seen) + len(second.seen) == 3)
+    assert (first.seen, second.seen) == (["1"], ["1", "2"])
 
 
 async def test_a_restarted_instance_gets_everything_unanswered_again(instances: Instances) -> None:

@@ -116,7 +116,8 @@ class Journal:
             # All appends of a run go one way; it may change only while none is unanswered.
             self._state_id = self._appends.pick_instance(self._state_id) or self._state_id
         try:
-            future = self._appends.post(append, instance_id=self._state_id)
+            last = self._unanswered[-1][0] if self._unanswered else None
+            future = self._appends.post(append, instance_id=self._state_id, after=last)
         except MainspringError as error:
             # The queue to state is full: as if state had said so.
             future = asyncio.get_running_loop().create_future()

@@ -131,7 +131,6 @@ class Hub:
         feed = self._cached.pop(key, None)
         if feed is not None:
             self._bytes -= feed.tail_bytes
-            feed.shed()
 
     def _trim(self, feed: Feed) -> None:
         while self._cached and (len(self._cached) > self._runs_max or self._bytes > self._bytes_max):
