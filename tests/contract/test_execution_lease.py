@@ -117,3 +117,4 @@ async def test_an_executor_that_leaves_says_so_and_beats_no_more() -> None:
             await lease.leave()
         assert [request.leaving for request in process.heard][-1]
         assert sum(request.leaving for request in process.heard) == 1
+        assert not lease.is_held, "its runs are others' now"

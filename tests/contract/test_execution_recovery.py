@@ -22,6 +22,7 @@ from mainspring_kit.errors import MainspringError, from_status
 from test_framework.agents import call, echo_agent, scripted_agent, step
 from test_framework.gate import Gate
 from test_framework.identities import Identities, make_context, unique
+from test_framework.rows import Rows
 from test_framework.servers import Database
 from test_framework.waiting import wait_until
 from tests.contract.execution_platform import Caller, names, platform, terminal
@@ -194,6 +195,25 @@ async def test_a_cancel_of_a_run_without_a_driver_is_carried_out(ann: Caller, se
     end = terminal(await ann.log(run_id))
     assert (run.state, end.reason) == (types_pb2.RUN_STATE_CANCELLED, "gone")
     assert [(receipt.call_id, receipt.acknowledged) for receipt in end.receipt] == [(f"{run_id}.2.0", True)]
+
+
+async def test_a_run_that_could_not_be_taken_up_is_not_forgotten(
+    ann: Caller, settings: ExecutionSettings, contract_databases: Mapping[str, Database]
+) -> None:
+    rows = Rows(contract_databases["State"].owner_url, {})
+    await ann.register(scripted_agent("napping", step("Nap.", call("diagnostics.sleep", seconds=0.2)), DONE))
+    async with doomed(settings) as execution:
+        run_id = await start_on(execution, ann, agent="napping")
+        await ann.reached(run_id, "tool_executing")
+        spoil = "UPDATE state.events SET event = $2 WHERE run_id = $1 AND seq = 1"
+        (log,) = await rows.as_owner("SELECT event FROM state.events WHERE run_id = $1 AND seq = 1", run_id)
+        await rows.as_owner(spoil, run_id, b"no event")
+    await wait_until(partial(rows.as_owner, "SELECT FROM state.runs WHERE run_id = $1 AND epoch > 1", run_id))
+    await wait_until(partial(rows.as_owner, "SELECT FROM state.leases WHERE run_id = $1 AND claim_seq > 0", run_id))
+    with pytest.raises(grpc.RpcError):
+        await ann.log(run_id)
+    await rows.as_owner(spoil, run_id, log["event"])
+    assert (await ann.end_of(run_id)).state == types_pb2.RUN_STATE_COMPLETED
 
 
 async def test_twenty_runs_in_mid_call_all_go_on(ann: Caller, settings: ExecutionSettings) -> None:

@@ -23,6 +23,7 @@ from mainspring_execution.peers import UNREACHED
 
 CREDIT_MAX: Final = 10_000
 RETRY_SECONDS: Final = 0.25
+FAULT_SECONDS: Final = 3.0
 
 
 class Claims:
@@ -59,14 +60,22 @@ class Claims:
             call.cancel()
 
     async def _take_over(self, claimed: state_pb2.ClaimedRun) -> None:
-        """Takes a claimed run up where its log ends."""
+        """Takes a claimed run up where its log ends, again and again if that fails: the run is nobody else's now."""
         self._claimed += 1
+        try:
+            while not await self._try_to_drive(claimed):
+                raise_if_cancelled()
+                await asyncio.sleep(FAULT_SECONDS * random.uniform(0.5, 1.0))
+        finally:
+            self._claimed -= 1
+
+    async def _try_to_drive(self, claimed: state_pb2.ClaimedRun) -> bool:
         try:
             await self._drive(claimed)
         except Exception as fault:  # a fault of ours in one run must not end the others
             telemetry.logger().error("takeover_faulted", run_id=claimed.run.run_id, exc_info=fault)
-        finally:
-            self._claimed -= 1
+            return False
+        return True
 
     async def _drive(self, claimed: state_pb2.ClaimedRun) -> None:
         arrived = time.perf_counter()

@@ -44,7 +44,8 @@ class Lease:
     @property
     def is_held(self) -> bool:
         """Whether an effect may start: the last acknowledged beat is younger than the lease less its margin."""
-        return time.monotonic() - self._acknowledged_time < self._lease_seconds - MARGIN_SECONDS
+        age = time.monotonic() - self._acknowledged_time
+        return age < self._lease_seconds - MARGIN_SECONDS and not self._leaving.is_set()
 
     async def wait_held(self) -> None:
         """Waits until the lease is held."""

@@ -21,6 +21,7 @@ from mainspring_execution.core.record import Envelope
 from mainspring_execution.core.start import check_run_id, make_create, read_input
 from mainspring_execution.engine.drive import Drive, Surroundings, make_drive
 from mainspring_execution.engine.ending import internal_fault
+from mainspring_execution.peers import UNREACHED
 
 RETRY_SECONDS: Final = 0.25
 EARLY_INPUTS_MAX: Final = 1_024
@@ -196,6 +197,8 @@ class Runs:
         try:
             run = await self._around.state.get_run(context, context.run_id)
         except MainspringError as error:
+            if error.code in UNREACHED:
+                raise
             # Somebody else's run: whose is not told.
             raise refusal from error
         return execution_pb2.StartResult(item_id=item_id, run_id=run.run_id, state=run.state)
