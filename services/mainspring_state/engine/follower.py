@@ -233,7 +233,7 @@ class Follower:
         feed = self._sources.hub.watch(key, self)
         run = await self._look_up(subscribe.run_id, feed, key=key, user=user)
         number, position, is_ended = subscribe.subscription_id, subscribe.after_seq, False
-        while position < (head := feed.last_seq if feed.is_known else run.last_seq):
+        while position < (head := feed.last_seq):
             if number not in self._replaying.get(key, ()):
                 return True
             if self._replay_bytes > self._limits.bytes_max // REPLAY_PART:
@@ -250,7 +250,6 @@ class Follower:
             self._put(delivery)
             position += len(events)
             is_ended = is_terminal(events[-1])
-        feed.settle(head)
         if number != OF_CREATE:
             self._put(_delivery(run, number, caught_up_seq=head))
         return is_ended or (run.state in ENDED_STATES and head >= run.last_seq)
@@ -264,7 +263,9 @@ class Follower:
                     Reason.RUN_NOT_FOUND, f"There is no run {run_id!r}: check the id.", run_id=run_id[:128]
                 )
             feed.user_id = run.user_id
-            if feed.is_known and feed.last_seq < run.last_seq:
+            # From here on a gap is seen, even one before what comes first.
+            feed.settle(run.last_seq)
+            if feed.last_seq < run.last_seq:
                 await self._sources.heal(key, feed)
         return run
 
