@@ -34,7 +34,7 @@ def test_other_sums(): assert 1 + 2 == 3
 
 @pytest.mark.integration
 class TestAgentThings:
-    def test_good(self): assert True is not False
+    def test_good(self): assert 1 + 3 == 4
     def test_bad(self): assert 1 == 2, "as it must be"
 """
 SECOND = """
