@@ -233,7 +233,7 @@ async def test_a_value_that_the_database_refuses_fails_alone(
 
 async def test_text_that_postgresql_cannot_hold_is_refused(executor: Executor, user: UserExecutionContext) -> None:
     result = await executor.send_one(executor.create(user, agent="a\x00b"))
-    assert reason_of(result.status) == "EVENT_REFUSED"
+    assert reason_of(result.status) == "REQUEST_INVALID"
 
 
 async def test_an_oversized_event_is_refused_and_the_stream_goes_on(

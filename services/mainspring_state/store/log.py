@@ -175,8 +175,8 @@ def is_conflict(error: asyncpg.PostgresError) -> bool:
 
 
 def is_shortage(error: asyncpg.PostgresError) -> bool:
-    """Whether the database lacks something that it may have again later: disk, memory, connections."""
-    return str(error.sqlstate).startswith("53")
+    """Whether the database lacks something that it may have again later: disk, memory, connections, leave to write."""
+    return str(error.sqlstate)[:2] in ("53", "58") or isinstance(error, asyncpg.ReadOnlySQLTransactionError)
 
 
 def _group(entry: Entry) -> int:
