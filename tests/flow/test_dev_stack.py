@@ -129,7 +129,7 @@ async def test_a_stack_of_its_own_folder_leaves_none_and_passes_errors_on_as_the
 
 
 async def test_a_setting_that_is_wrong_ends_the_start_and_is_named() -> None:
-    with pytest.raises(StartError, match=r"migration of \w+ failed with exit code 2(.|\n)*MAINSPRING_DRAIN_SECONDS"):
+    with pytest.raises(StartError, match=r"ended with exit code 2 before it served(.|\n)*MAINSPRING_DRAIN_SECONDS"):
         async with stack(extra_env={"MAINSPRING_DRAIN_SECONDS": "long"}):
             pass
 
