@@ -72,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.json_output:
         write_json(Path(options.json_output), arguments, code, tests)
     if options.baseline:
-        keep_baseline(options.baseline, tests)
+        chosen = options.category or [name for name, _ in CATEGORIES]
+        keep_baseline(options.baseline, {name: times for name, times in summarize(tests).items() if name in chosen})
     if not tests:
         print("No test was found.", file=sys.stderr)
         return code or EXIT_NO_TESTS
@@ -97,7 +98,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--baseline", choices=("write", "compare"), help="keep the times per category, or warn over twice the kept ones"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.baseline == "write" and options.pattern:
+        parser.error("--baseline write needs whole categories: leave --pattern out")
+    return options
 
 
 def pytest_command(options: argparse.Namespace, report_file: Path) -> list[str]:
@@ -150,12 +154,12 @@ def write_json(path: Path, arguments: Sequence[str], code: int, tests: Mapping[s
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def keep_baseline(verb: str, tests: Mapping[str, Report], path: Path = BASELINES) -> list[str]:
+def keep_baseline(verb: str, times: Mapping[str, Report], path: Path = BASELINES) -> list[str]:
     """Writes the times per category, or warns (and returns the warnings) where they are over twice the kept ones.
 
     A slower machine is no regression: times are compared after dividing by the yardstick, a fixed piece of work.
     """
-    now: Report = {"yardstick_seconds": measure_yardstick(), "categories": summarize(tests)}
+    now: Report = {"yardstick_seconds": measure_yardstick(), "categories": dict(times)}
     if verb == "write":
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = json.loads(path.read_text(encoding="utf-8"))["categories"] if path.exists() else {}
@@ -189,10 +193,15 @@ def summarize(tests: Mapping[str, Report]) -> dict[str, dict[str, float]]:
 
 
 def compare(kept: Report, now: Report) -> list[str]:
-    """What takes more than twice as long as it was kept, on a machine of the same speed."""
+    """What takes more than twice as long as it was kept, on a machine of the same speed.
+
+    A part of a category has a median of its own: it is compared only when at least as many tests ran as were kept.
+    """
     speed = now["yardstick_seconds"] / kept["yardstick_seconds"]
     warnings = []
     for category, times in now["categories"].items():
+        if times["tests"] < kept["categories"].get(category, {}).get("tests", 0):
+            continue
         for name in ("median_seconds", "p95_seconds"):
             expected = kept["categories"].get(category, {}).get(name, 0.0) * speed
             if expected and times[name] > WARN_FACTOR * expected:

@@ -182,19 +182,34 @@ def test_times_are_summed_up_by_category() -> None:
 
 def test_a_baseline_warns_over_twice_its_times_and_never_fails(tmp_path: Path) -> None:
     path = tmp_path / "data" / "baselines.json"
-    assert runner.keep_baseline("compare", _tests(0.1), path) == []
-    assert runner.keep_baseline("write", _tests(0.1), path) == []
-    assert runner.keep_baseline("compare", _tests(0.1), path) == []
-    warnings = runner.keep_baseline("compare", _tests(1.0), path)
+    fast, slow = runner.summarize(_tests(0.1)), runner.summarize(_tests(1.0))
+    assert runner.keep_baseline("compare", fast, path) == []
+    assert runner.keep_baseline("write", fast, path) == []
+    assert runner.keep_baseline("compare", fast, path) == []
+    warnings = runner.keep_baseline("compare", slow, path)
     assert [warning.split(" is ")[0] for warning in warnings] == ["unit: median_seconds", "unit: p95_seconds"]
 
 
 def test_a_baseline_keeps_the_categories_that_did_not_run(tmp_path: Path) -> None:
     path = tmp_path / "baselines.json"
-    runner.keep_baseline("write", _tests(0.1), path)
+    runner.keep_baseline("write", runner.summarize(_tests(0.1)), path)
     contract = {"c": {"outcome": "passed", "seconds": 1.0, "categories": ["contract"]}}
-    runner.keep_baseline("write", contract, path)
+    runner.keep_baseline("write", runner.summarize(contract), path)
     assert sorted(json.loads(path.read_text())["categories"]) == ["contract", "unit"]
+
+
+def test_a_part_of_a_category_is_neither_compared_nor_kept(repository: Path) -> None:
+    kept = {"yardstick_seconds": 0.01, "categories": {"unit": {"tests": 9, "median_seconds": 0.1, "p95_seconds": 0.1}}}
+    part = {"yardstick_seconds": 0.01, "categories": {"unit": {"tests": 8, "median_seconds": 9.0, "p95_seconds": 9.0}}}
+    assert runner.compare(kept, part) == []
+    refused = run(repository, "--baseline", "write", "--pattern", "*agent*")
+    assert refused.returncode == 2 and "needs whole categories" in refused.stderr
+
+
+def test_only_the_categories_asked_for_are_kept(repository: Path) -> None:
+    run(repository, "--category", "unit", "--baseline", "write")
+    kept = json.loads((repository / "tests/data/baselines.json").read_text())
+    assert list(kept["categories"]) == ["unit"]
 
 
 def test_a_slower_machine_is_no_regression() -> None:
