@@ -246,7 +246,7 @@ async def test_a_run_that_leaves_the_line_in_the_moment_of_its_turn_holds_nobody
     line = await owner.fetchrow("SELECT head_run_id, waiting FROM state.sessions WHERE user_id = $1", user.user_id)
     ready = await owner.fetch("SELECT run_id FROM state.ready WHERE tenant_id = $1", user.tenant_id)
     await owner.close()
-    assert (str(line["head_run_id"]), line["waiting"]) == (last_run, 0)
+    assert line is not None and (str(line["head_run_id"]), line["waiting"]) == (last_run, 0)
     assert [str(row["run_id"]) for row in ready] == [last_run]
 
 
