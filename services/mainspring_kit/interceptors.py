@@ -25,6 +25,7 @@ from mainspring_kit.tasks import background
 # Health and reflection answer without a token: probes have none, and they tell nothing of any tenant.
 OPEN_SERVICES: Final = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 CALLS_PER_USER_MAX: Final = 256
+_PEER_GONE: Final = (asyncio.CancelledError, grpc.aio.InternalError, grpc.aio.UsageError)  # grpc.aio's, of a write
 
 # grpc.aio's handlers and contexts are generic over messages that only the generated code knows: Any.
 ServicerContext = grpc.aio.ServicerContext[Any, Any]
@@ -149,7 +150,7 @@ class _Span:
     async def __aexit__(self, kind: object, raised: BaseException | None, trace: object) -> None:
         error = _single(raised)
         code = grpc.StatusCode.OK
-        if isinstance(error, asyncio.CancelledError):
+        if isinstance(error, _PEER_GONE):
             code = grpc.StatusCode.CANCELLED
         elif isinstance(error, grpc.aio.AbortError):
             code = self._context.code()

@@ -11,6 +11,7 @@ import pytest
 from mainspring.tokens import user_token
 from mainspring.v1 import state_pb2 as pb
 from mainspring.v1 import state_pb2_grpc as rpc
+from mainspring_kit import telemetry
 from mainspring_kit.channel import Peer
 from mainspring_kit.config import ServiceSettings
 from mainspring_kit.errors import from_rpc_error
@@ -54,6 +55,14 @@ class Recorder(rpc.StateServiceServicer):
         async for response in serve_batches(
             request_iterator, replies, receive=receive, frame=lambda items: pb.AppendResponse(results=items)
         ):
+            yield response
+
+    async def Heartbeat(
+        self, request_iterator: AsyncIterator[pb.HeartbeatRequest], context: object
+    ) -> AsyncIterator[pb.HeartbeatResponse]:
+        while True:
+            response = pb.HeartbeatResponse()
+            response.inputs.add(run_id="x" * 500_000)
             yield response
 
     async def WaitRun(self, request: pb.WaitRunRequest, context: object) -> pb.WaitRunResponse:
@@ -272,6 +281,22 @@ async def test_a_users_calls_are_bounded_and_nobody_elses_with_them(instances: I
         instances.recorders[0].release.set()
         await asyncio.gather(*waits)
         await stub.GetRun(pb.GetRunRequest(run_id="r"), metadata=ada)
+
+
+async def test_a_reader_that_goes_away_is_no_fault_of_ours(instances: Instances) -> None:
+    await instances.start()
+    method = "/mainspring.v1.StateService/Heartbeat"
+    ends = {code: telemetry.RPC_COUNT.labels(method, code)._value.get for code in ("CANCELLED", "INTERNAL")}
+    before = {code: count() for code, count in ends.items()}
+    async with asyncio.timeout(20):
+        for _ in range(20):
+            async with Peer(instances.addresses[0], ServiceTokens(SERVICE, "tester")) as peer:
+                call = rpc.StateServiceStub(peer.instance_channel(instances.addresses[0])).Heartbeat(**peer.stream())
+                await call.read()
+        await wait_until(
+            lambda: sum(count() for count in ends.values()) == sum(before.values()) + 20, what="twenty streams' ends"
+        )
+    assert ends["INTERNAL"]() == before["INTERNAL"]
 
 
 async def test_a_stream_that_exceeds_its_credit_is_refused(instances: Instances) -> None:
