@@ -30,6 +30,9 @@ TOOLS = "examples.cost_optimizer.tools"
 def main() -> int:
     """Exit code 0: the answer was printed. 1: it was not, and why is the last line."""
     bill = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("BILL") or HERE / "bill.csv").absolute()
+    if not bill.is_file():
+        sys.stderr.write(f"error: {bill} is not a file: name a bill in CSV, or none to use the example's own.\n")
+        return 1
     console = Console(highlight=False)
     try:
         ended = asyncio.run(optimize(bill, console))

@@ -146,6 +146,8 @@ class Folder:
         try:
             for folder in (self.path, self.logs, self.valkey):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Secrets and data lie here: they go into nobody's repository.
+            (self.path / ".gitignore").write_text("*\n", encoding="utf-8")
         except OSError as error:
             raise StartError(f"The data folder {self.path} can't be made: {error.strerror}. Choose another.") from error
 
