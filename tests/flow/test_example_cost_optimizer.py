@@ -61,3 +61,9 @@ def test_another_bill_gives_other_figures_and_a_broken_one_names_the_line(tmp_pa
     assert broken.stderr.count("\n") == 1
     assert "broken.csv, line 7: service is empty" in broken.stderr
     assert "agent_failed" in broken.stdout
+
+
+def test_a_bill_that_is_no_file_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    missing = run(str(tmp_path / "missing.csv"))
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "missing.csv is not a file" in missing.stderr

@@ -36,6 +36,11 @@ def test_the_ready_file_goes_with_its_holder(tmp_path: Path) -> None:
     assert not folder.ready_file.exists()
 
 
+def test_nothing_of_the_folder_gets_into_a_repository(tmp_path: Path) -> None:
+    with Folder(tmp_path).lock("http://127.0.0.1:1"):
+        assert (tmp_path / ".gitignore").read_text() == "*\n"
+
+
 def test_secrets_stay_the_same_and_are_for_development(tmp_path: Path) -> None:
     first, second = Folder(tmp_path).secrets(), Folder(tmp_path).secrets()
     assert first == second
