@@ -24,6 +24,8 @@ from mainspring_execution.engine.ending import internal_fault
 from mainspring_execution.peers import UNREACHED
 
 RETRY_SECONDS: Final = 0.25
+# How long a start waits for the lease; callers give a start five seconds.
+LEASE_WAIT_SECONDS: Final = 3.0
 EARLY_INPUTS_MAX: Final = 1_024
 # State gave no verdict on a create: it may be durable, so it is sent again until there is one.
 UNDECIDED: Final = (code_pb2.UNAVAILABLE, code_pb2.DEADLINE_EXCEEDED)
@@ -116,12 +118,8 @@ class Runs:
     def _refuse_start(self) -> MainspringError | None:
         if self.is_draining:
             return draining()
-        if self._tasks is None or not self._around.lease.is_held:
-            return MainspringError(
-                Reason.PEER_UNAVAILABLE,
-                "This executor has no lease from state now and may start nothing: try again in a moment.",
-                peer="state",
-            )
+        if self._tasks is None:
+            return _no_lease()
         if not self.room:
             return MainspringError(
                 Reason.QUEUE_FULL,
@@ -144,10 +142,20 @@ class Runs:
         if drive is not None:
             await self.drive(drive)
 
+    async def _await_lease(self) -> None:
+        """After a restart of state its first answered beat takes a moment: starts wait for it, counted as under way."""
+        try:
+            async with asyncio.timeout(LEASE_WAIT_SECONDS):
+                await self._around.lease.wait_held()
+        except TimeoutError as error:
+            raise _no_lease() from error
+
     async def _create(self, item: execution_pb2.StartItem) -> tuple[execution_pb2.StartResult, Drive | None]:
         """Makes a run durable; with the drive of it if it is this process's to drive."""
         arrived = time.perf_counter()
         validate(item)
+        if not self._around.lease.is_held:
+            await self._await_lease()
         start = item.start
         asked_session_id = start.session_id or item.context.session_id
         context = _read_context(item)
@@ -202,6 +210,14 @@ class Runs:
             # Somebody else's run: whose is not told.
             raise refusal from error
         return execution_pb2.StartResult(item_id=item_id, run_id=run.run_id, state=run.state)
+
+
+def _no_lease() -> MainspringError:
+    return MainspringError(
+        Reason.PEER_UNAVAILABLE,
+        "This executor has no lease from state now and may start nothing: try again in a moment.",
+        peer="state",
+    )
 
 
 def draining() -> MainspringError:
