@@ -224,5 +224,12 @@ async def _worker(modules: list[str], data_dir: Path, *, ready_file: Path | None
         if not target:
             async with Client(url, bearer) as client:
                 target = (await client.request("GET", "/v1/endpoints"))["dispatcher"]
-    drain_seconds = float(os.environ.get("MAINSPRING_DRAIN_SECONDS", _DRAIN_SECONDS))
+    drain_seconds = _read_drain_seconds(os.environ.get("MAINSPRING_DRAIN_SECONDS") or str(_DRAIN_SECONDS))
     return await run(modules, target=target, token=bearer, drain_seconds=drain_seconds, ready_file=ready_file)
+
+
+def _read_drain_seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no number of seconds.", param_hint="MAINSPRING_DRAIN_SECONDS") from error

@@ -60,3 +60,12 @@ def test_migrate_says_which_setting_it_lacks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("MAINSPRING_OWNER_DATABASE_URL", raising=False)
     done = CliRunner().invoke(app, ["migrate"])
     assert "MAINSPRING_OWNER_DATABASE_URL is not set" in str(done.exception)
+
+
+def test_a_drain_time_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAINSPRING_DISPATCHER_TARGET", "127.0.0.1:1")
+    monkeypatch.setenv("MAINSPRING_TOKEN", "x")
+    monkeypatch.setenv("MAINSPRING_DRAIN_SECONDS", "long")
+    done = CliRunner().invoke(app, ["worker", "mainspring.diagnostics"])
+    assert done.exit_code == 2
+    assert "MAINSPRING_DRAIN_SECONDS" in done.output
