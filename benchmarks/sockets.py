@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -98,7 +99,7 @@ class RunLoop(WSListener):
             self._tally.faults.append(text)
 
 
-async def connect(url: str, token: str, start: dict[str, object], events: int) -> RunLoop:
+async def connect(url: str, token: str, start: Mapping[str, object], events: int) -> RunLoop:
     """An authenticated socket that will send `start` again and again, each run having `events` events."""
     _, listener = await ws_connect(
         lambda: RunLoop(orjson.dumps(start), events),

@@ -1,0 +1,89 @@
+"""The load of whole runs: an agent registered, sockets that start it back to back, a slice of that measured."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from mainspring.dev import Stack
+
+from benchmarks.harness import Cpu, Report, Slice, percentile, under_test, yardstick
+from benchmarks.sockets import RunLoop, Tally, connect
+
+LOOKUP = Path(__file__).resolve().parents[1] / "examples" / "lookup" / "agent.yaml"
+LOOKUP_START = {"op": "start", "id": "1", "agent": "lookup", "input": {"value": "forty-two"}}
+# Started, thinking, executing, completed, thinking, completed: each model step is an event of its own.
+LOOKUP_EVENTS = 6
+END_SECONDS_MAX = 60.0
+
+
+async def register(running: Stack, spec: bytes) -> None:
+    """Registers an agent's specification."""
+    headers = {"Authorization": f"Bearer {running.token}", "Content-Type": "application/yaml"}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(f"{running.gateway}/v1/agents", data=spec) as answer,
+    ):
+        if answer.status >= 300:
+            raise RuntimeError(f"the agent was not registered: {await answer.text()}")
+
+
+async def connect_users(running: Stack, count: int, *, start: Mapping[str, Any], events: int) -> list[RunLoop]:
+    """So many sockets, each of a user of its own, for runs of so many events. Any: JSON."""
+    url = running.gateway.replace("http://", "ws://") + "/v1/stream"
+    return [await connect(url, running.mint(user=f"user-{number}"), start, events) for number in range(count)]
+
+
+class Load:
+    """The platform under back-to-back runs of one agent: a `Subject`."""
+
+    name = "mainspring"
+
+    def __init__(self, running: Stack, loops: Sequence[RunLoop], report: Report) -> None:
+        self._running = running
+        self._loops = loops
+        self._report = report
+        self._slices = 0
+
+    async def measure(self, callers: int, seconds: float) -> Slice:
+        """A slice with so many sockets. CPU seconds and faults go to the report."""
+        self._slices += 1
+        speed = yardstick()
+        tally, used, elapsed = await drive(self._running, self._loops[:callers], seconds)
+        self._report.cpu_seconds[f"{callers} sockets, slice {self._slices}"] = used
+        self._report.faults += tally.faults
+        runs = max(1, len(tally.durations))
+        figures = {
+            "runs_per_second": len(tally.durations) / elapsed,
+            "p50_ms": percentile(tally.durations, 0.5) * 1e3,
+            "p99_ms": percentile(tally.durations, 0.99) * 1e3,
+            "first_event_p50_ms": percentile(tally.first_events, 0.5) * 1e3,
+            "cpu_ms_per_run": under_test(used) / runs * 1e3,
+        }
+        figures |= {
+            f"cpu_ms_per_run_{process.replace(' ', '_')}": value / runs * 1e3 for process, value in used.items()
+        }
+        speed = min(speed, yardstick())
+        return Slice(figures | {"yardstick": speed}, speed)
+
+
+async def drive(running: Stack, loops: Sequence[RunLoop], seconds: float) -> tuple[Tally, dict[str, float], float]:
+    """Lets these sockets run back to back: what they saw, CPU seconds per process, and how long it was."""
+    tally = Tally()
+    cpu = Cpu(running.pids)
+    clock = asyncio.get_running_loop().time
+    start = clock()
+    for loop in loops:
+        loop.begin(tally)
+    await asyncio.sleep(seconds)
+    elapsed, used = clock() - start, cpu.used()
+    counted = Tally(list(tally.durations), list(tally.first_events), list(tally.faults))
+    for loop in loops:
+        loop.end()
+    async with asyncio.timeout(END_SECONDS_MAX):
+        for loop in loops:
+            await loop.idle.wait()
+    return counted, used, elapsed
