@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -72,6 +73,15 @@ def loose_pins(lock: str) -> list[str]:
     return offences + [entry.split()[0] for entry in entries if "--hash=sha256:" not in entry]
 
 
+def loose_packages(lock: Mapping[str, Any]) -> list[str]:  # Any: what JSON holds
+    """Packages of npm in a lock file with the address of a registry, or without a hash."""
+    return [
+        path
+        for path, package in lock["packages"].items()
+        if path and ("resolved" in package or not package.get("integrity"))
+    ]
+
+
 def machine_paths(texts: Mapping[str, str]) -> list[str]:
     """Paths of one machine."""
     return _lines_with(texts, lambda line: bool(MACHINE_PATH.search(line)))
@@ -118,6 +128,8 @@ def test_lock_files_hold_what_the_project_needs() -> None:
 def test_lock_files_have_hashes_and_no_addresses() -> None:
     for path in ROOT.glob("requirements*.lock"):
         assert loose_pins(path.read_text()) == []
+    for path in (ROOT / "tests").rglob("package-lock.json"):
+        assert loose_packages(json.loads(path.read_text())) == []
 
 
 def test_the_image_runs_what_was_tested() -> None:
@@ -171,6 +183,11 @@ def test_a_stale_lock_is_found() -> None:
 def test_a_loose_pin_is_found() -> None:
     assert loose_pins("a==1 \\\n    --hash=sha256:1\nb==1") == ["b==1"]
     assert loose_pins("--index-url x://y\na==1 \\\n    --hash=sha256:1") == ["--index-url x://y", "--index-url"]
+
+
+@pytest.mark.parametrize("package", [{"version": "1"}, {"resolved": "https://npm.example/a", "integrity": "sha512-1"}])
+def test_a_loose_package_is_found(package: dict[str, str]) -> None:
+    assert loose_packages({"packages": {"": {}, "node_modules/a": package}}) == ["node_modules/a"]
 
 
 @pytest.mark.parametrize(
