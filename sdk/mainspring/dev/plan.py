@@ -18,6 +18,7 @@ from mainspring.tokens import service_token, user_token
 
 SERVICES: Final = ("registry", "dispatcher", "execution", "state")
 PROCESSES: Final = (*SERVICES, "gateway")
+WORKER: Final = "worker"
 WITH_DATABASE: Final = ("state", "registry")
 WITH_REDIS: Final = ("state", "registry", "dispatcher", "gateway")
 # The order in which a stack ends: who asks before who answers.
@@ -44,6 +45,7 @@ class Plan:
     redis_url: str
     addresses: Mapping[str, tuple[str, ...]]
     workers: tuple[str, ...] | None
+    worker_replicas: int = 1
     extra_env: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -67,10 +69,10 @@ class Plan:
 
 def choose_addresses(port: int, replicas: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """An address for each replica of each process; `port` is the first gateway's, 0: any."""
-    unknown = set(replicas) - set(PROCESSES)
+    unknown = set(replicas) - {*PROCESSES, WORKER}
     if unknown or not all(1 <= count <= REPLICAS_MAX for count in replicas.values()):
         raise StartError(
-            f"Replicas are given as one of {', '.join(PROCESSES)} with 1 to {REPLICAS_MAX}, "
+            f"Replicas are given as one of {', '.join(PROCESSES)}, {WORKER} with 1 to {REPLICAS_MAX}, "
             f"not {', '.join(f'{name}={count}' for name, count in replicas.items())}."
         )
     counts = {name: replicas.get(name, 1) for name in PROCESSES}
@@ -132,17 +134,28 @@ def parse_replicas(text: str) -> dict[str, int]:
         raise StartError(f"Replicas are written as state=2,gateway=3, not {text!r}.") from error
 
 
-def worker_launch(plan: Plan, folder: Folder) -> Launch:
-    """The stack's own worker. It gets no secret, only a token: tools are the user's code."""
-    ready_file = folder.path / "worker.ready"
-    modules = (DIAGNOSTICS, *(plan.workers or ()))
+def worker_launches(plan: Plan, folder: Folder) -> list[Launch]:
+    """The stack's own workers, if it has any. They get no secret, only a token: tools are the user's code."""
+    if plan.workers is None:
+        return []
+    return [_worker_launch(plan, folder, index) for index in range(plan.worker_replicas)]
+
+
+def _worker_launch(plan: Plan, folder: Folder, index: int) -> Launch:
+    label = WORKER if plan.worker_replicas == 1 else f"{WORKER}.{index}"
+    ready_file = folder.path / f"{label}.ready"
     return Launch(
-        name="worker",
-        argv=(sys.executable, "-m", "mainspring", "worker", "--ready-file", str(ready_file), *modules),
+        name=WORKER,
+        argv=(
+            *(sys.executable, "-m", "mainspring", "worker", "--ready-file", str(ready_file)),
+            *(DIAGNOSTICS, *(plan.workers or ())),
+        ),
         env=_worker_env(plan),
-        log=folder.log("worker"),
+        log=folder.log(label),
         ready=partial(file_names_pid, ready_file),
         watches_parent=True,
+        index=index,
+        replicas=plan.worker_replicas,
     )
 
 

@@ -66,6 +66,7 @@ async def stack(
             redis_url=redis_url or valkey.url(sockets / "valkey.sock"),
             addresses=addresses,
             workers=None if workers is None else tuple(workers),
+            worker_replicas=(replicas or {}).get(plans.WORKER, 1),
             extra_env={"MAINSPRING_LOG_LEVEL": log_level, **(extra_env or {})},
         )
         ready_files = [folder.ready_file, *([ready_file] if ready_file else [])]
@@ -124,10 +125,9 @@ class _Start:
     async def processes(self, tasks: asyncio.TaskGroup) -> None:
         """Starts the five processes and the worker, all at once."""
         plan, folder = self._running.plan, self._running.folder
-        launches = plans.service_launches(plan, folder)
+        launches = [*plans.service_launches(plan, folder), *plans.worker_launches(plan, folder)]
         what = "registry, dispatcher, execution, state, gateway"
         if plan.workers is not None:
-            launches.append(plans.worker_launch(plan, folder))
             what += ", worker"
         with self._witness.step(what):
             await self._running.bring_up(launches, tasks=tasks, parent_fd=self._parent_fd)

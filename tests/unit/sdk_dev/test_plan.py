@@ -15,7 +15,7 @@ from mainspring.dev.plan import (
     parse_replicas,
     role_url,
     service_launches,
-    worker_launch,
+    worker_launches,
 )
 from mainspring.embedded.launch import Launch, StartError
 
@@ -29,6 +29,7 @@ def make_plan(**replicas: int) -> Plan:
         redis_url="unix:///tmp/x/valkey.sock?db=0",
         addresses=choose_addresses(0, replicas),
         workers=("shop",),
+        worker_replicas=replicas.get("worker", 1),
         extra_env={"EXTRA": "1"},
     )
 
@@ -108,13 +109,20 @@ def test_replicas_have_labels_logs_and_all_addresses(tmp_path: Path) -> None:
 
 
 def test_the_worker_gets_a_token_and_no_secret(tmp_path: Path) -> None:
-    launch = worker_launch(make_plan(), Folder(tmp_path))
+    (launch,) = worker_launches(make_plan(), Folder(tmp_path))
     assert SECRETS.auth not in launch.env.values()
     assert SECRETS.service not in launch.env.values()
     claims = jwt.decode(launch.env["MAINSPRING_TOKEN"], SECRETS.service, algorithms=["HS256"], audience="mainspring")
     assert (claims["iss"], claims["roles"], claims["tenant"]) == ("mainspring-service", ["service"], "")
     assert launch.argv[-2:] == ("mainspring.diagnostics", "shop")
     assert launch.env["EXTRA"] == "1"
+
+
+def test_several_workers_have_labels_logs_and_ready_files(tmp_path: Path) -> None:
+    first, second = worker_launches(make_plan(worker=2), Folder(tmp_path))
+    assert (first.label, second.label) == ("worker.0", "worker.1")
+    assert first.log != second.log
+    assert first.argv != second.argv
 
 
 def test_the_developers_token_is_an_admins(tmp_path: Path) -> None:
