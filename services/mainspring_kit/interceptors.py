@@ -12,7 +12,7 @@ from typing import Any, Final
 import grpc
 import protovalidate
 from google.protobuf.descriptor import ServiceDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 from mainspring.v1 import identity_pb2
 
@@ -217,7 +217,7 @@ def _path(field: Any) -> str:
 def _decode_context(value: str | bytes) -> UserExecutionContext:
     try:
         message = identity_pb2.UserExecutionContext.FromString(value if isinstance(value, bytes) else value.encode())
-    except ValueError as error:
+    except DecodeError as error:
         raise MainspringError(
             Reason.CONTEXT_INVALID, f"{CONTEXT_KEY} is not a UserExecutionContext.", field=CONTEXT_KEY, value=""
         ) from error
