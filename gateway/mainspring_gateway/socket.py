@@ -12,6 +12,7 @@ from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import Principal, new_id
 
 from mainspring_gateway import access, metrics
+from mainspring_gateway.config import GatewaySettings
 from mainspring_gateway.conversation import Conversation
 from mainspring_gateway.core import commands
 from mainspring_gateway.core.frames import PING_FRAME, FrameId, error_frame, pong_frame, reply
@@ -32,15 +33,7 @@ async def stream(request: web.Request) -> web.WebSocketResponse:
         raise MainspringError(
             Reason.REQUEST_INVALID, "This path speaks WebSocket: send the upgrade headers.", field="Upgrade"
         )
-    # No compression: a frame is made once for all its watchers. Pings are answered here, to be seen as signs of life.
-    ws = web.WebSocketResponse(
-        protocols=(SUBPROTOCOL,),
-        compress=False,
-        autoping=False,
-        decode_text=False,
-        timeout=gateway.settings.close_seconds,
-        max_msg_size=gateway.settings.frame_bytes_max + 1,
-    )
+    ws = make_websocket(gateway.settings)
     writer = await ws.prepare(request)
     request[BEGUN] = ws
     if writer is not None and request.transport is not None:
@@ -58,6 +51,18 @@ async def stream(request: web.Request) -> web.WebSocketResponse:
         # A graceful end alone would keep for ever what the client does not read.
         asyncio.get_running_loop().call_later(gateway.settings.close_seconds, transport.abort)
     return ws
+
+
+def make_websocket(settings: GatewaySettings) -> web.WebSocketResponse:
+    """How the gateway speaks the protocol. No compression: a frame is made once for all its watchers."""
+    return web.WebSocketResponse(
+        protocols=(SUBPROTOCOL,),
+        compress=False,
+        autoping=False,  # pings are answered by the socket, to be seen as signs of life
+        decode_text=False,
+        timeout=settings.close_seconds,
+        max_msg_size=settings.frame_bytes_max + 1,
+    )
 
 
 class Socket:
