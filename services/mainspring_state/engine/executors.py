@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from mainspring_state.store.leases import CLAIM_PAGE_MAX, Claim, Leases
 
 INPUT_SECONDS: Final = 1.0
 TIDY_SECONDS: Final = 30.0
-EXECUTOR_ID_CHARACTERS_MAX: Final = 128
+
+_EXECUTOR_ID: Final = re.compile(r"[^\x00-\x1f\x7f]{1,128}")
 
 
 @dataclass(slots=True, eq=False)
@@ -150,6 +152,7 @@ class Executors:
 
     async def claim(self, request: state_pb2.ClaimRunsRequest) -> AsyncIterator[state_pb2.ClaimRunsResponse]:
         """Serves one claim stream."""
+        _check_executor_id(request.executor_id)
         claimer = _Claimer(request.executor_id, request.credit, Outbox("claims", items_max=100_000))
         self._claimers.append(claimer)
         self.kick()
@@ -164,12 +167,7 @@ class Executors:
 
     async def _read_beats(self, requests: AsyncIterator[state_pb2.HeartbeatRequest], heartbeat: _Heartbeat) -> None:
         async for request in requests:
-            if not 1 <= len(request.executor_id) <= EXECUTOR_ID_CHARACTERS_MAX:
-                raise MainspringError(
-                    Reason.REQUEST_INVALID,
-                    f"executor_id has 1 to {EXECUTOR_ID_CHARACTERS_MAX} characters.",
-                    field="executor_id",
-                )
+            _check_executor_id(request.executor_id)
             heartbeat.executor_id = request.executor_id
             self._heartbeats[request.executor_id] = heartbeat
             try:
@@ -313,6 +311,14 @@ class Executors:
 def run_not_found(run_id: str) -> MainspringError:
     """The user has no such run."""
     return MainspringError(Reason.RUN_NOT_FOUND, f"There is no run {run_id!r}: check the id.", run_id=run_id[:128])
+
+
+def _check_executor_id(executor_id: str) -> None:
+    """One that no column holds would fail every statement that names all executors."""
+    if not _EXECUTOR_ID.fullmatch(executor_id):
+        raise MainspringError(
+            Reason.REQUEST_INVALID, "executor_id has 1 to 128 characters, none of control.", field="executor_id"
+        )
 
 
 def _tell(heartbeat: _Heartbeat, response: state_pb2.HeartbeatResponse) -> None:
