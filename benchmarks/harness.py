@@ -137,10 +137,10 @@ class Report:
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    def add(self, suffix: str, slices: Sequence[Slice]) -> None:
-        """Adds our figures over some slices, as `<name>_<suffix>` (an empty suffix: as `<name>`)."""
+    def add(self, suffix: str, slices: Sequence[Slice], *, prefix: str = "") -> None:
+        """Adds our figures over some slices, as `<prefix><name>_<suffix>` (an empty suffix: `<prefix><name>`)."""
         for name, found in self._settle(slices).items():
-            named = f"{name}_{suffix}" if suffix else name
+            named = f"{prefix}{name}_{suffix}" if suffix else f"{prefix}{name}"
             self.figures[named] = found["median"]
             self.spreads[named] = found
 

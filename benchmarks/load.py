@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ LOOKUP = Path(__file__).resolve().parents[1] / "examples" / "lookup" / "agent.ya
 LOOKUP_START = {"op": "start", "id": "1", "agent": "lookup", "input": {"value": "forty-two"}}
 # Started, thinking, executing, completed, thinking, completed: each model step is an event of its own.
 LOOKUP_EVENTS = 6
+LEAD_SECONDS = 0.25
 END_SECONDS_MAX = 60.0
 
 
@@ -42,7 +44,17 @@ class Load:
 
     name = "mainspring"
 
-    def __init__(self, running: Stack, loops: Sequence[RunLoop], report: Report) -> None:
+    def __init__(
+        self,
+        running: Stack,
+        loops: Sequence[RunLoop],
+        report: Report,
+        *,
+        kind: str = "",
+        lead_seconds: float = LEAD_SECONDS,
+    ) -> None:
+        self._kind = kind
+        self._lead_seconds = lead_seconds
         self._running = running
         self._loops = loops
         self._report = report
@@ -52,8 +64,9 @@ class Load:
         """A slice with so many sockets. CPU seconds and faults go to the report."""
         self._slices += 1
         speed = yardstick()
-        tally, used, elapsed = await drive(self._running, self._loops[:callers], seconds)
-        self._report.cpu_seconds[f"{callers} sockets, slice {self._slices}"] = used
+        loops = self._loops[:callers]
+        tally, used, elapsed = await drive(self._running, loops, seconds, lead_seconds=self._lead_seconds)
+        self._report.cpu_seconds[f"{self._kind}{callers} sockets, slice {self._slices}"] = used
         self._report.faults += tally.faults
         runs = max(1, len(tally.durations))
         figures = {
@@ -70,20 +83,31 @@ class Load:
         return Slice(figures | {"yardstick": speed}, speed)
 
 
-async def drive(running: Stack, loops: Sequence[RunLoop], seconds: float) -> tuple[Tally, dict[str, float], float]:
-    """Lets these sockets run back to back: what they saw, CPU seconds per process, and how long it was."""
-    tally = Tally()
+async def drive(
+    running: Stack, loops: Sequence[RunLoop], seconds: float, *, lead_seconds: float = LEAD_SECONDS
+) -> tuple[Tally, dict[str, float], float]:
+    """Lets these sockets run back to back: what they saw, CPU seconds per process, and how long it was.
+
+    Counting begins when the runs are under way: the first ones begin all at once, and none of them ends soon.
+    """
+    lead, tally = Tally(), Tally()
+    for loop in loops:
+        loop.begin(lead)
+    await asyncio.sleep(lead_seconds)
     cpu = Cpu(running.pids)
-    clock = asyncio.get_running_loop().time
-    start = clock()
+    start = time.perf_counter()
     for loop in loops:
         loop.begin(tally)
     await asyncio.sleep(seconds)
-    elapsed, used = clock() - start, cpu.used()
-    counted = Tally(list(tally.durations), list(tally.first_events), list(tally.faults))
+    elapsed, used = time.perf_counter() - start, cpu.used()
+    durations, first_events = list(tally.durations), list(tally.first_events)
     for loop in loops:
         loop.end()
-    async with asyncio.timeout(END_SECONDS_MAX):
-        for loop in loops:
-            await loop.idle.wait()
-    return counted, used, elapsed
+    try:
+        async with asyncio.timeout(END_SECONDS_MAX):
+            for loop in loops:
+                await loop.idle.wait()
+    except TimeoutError:
+        late = sum(not loop.idle.is_set() for loop in loops)
+        tally.faults.append(f"{late} runs had not ended after {END_SECONDS_MAX:g} s")
+    return Tally(durations, first_events, lead.faults + tally.faults), used, elapsed

@@ -32,7 +32,8 @@ class RunLoop(WSListener):
         self._transport: WSTransport | None = None
         self._sent = 0.0
         self._last_seq = 0
-        self._tally: Tally | None = None
+        self._tally = Tally()
+        self._is_ending = False
         self.welcome = asyncio.get_running_loop().create_future()
         self.idle = asyncio.Event()
         self.idle.set()
@@ -62,12 +63,18 @@ class RunLoop(WSListener):
     def begin(self, tally: Tally) -> None:
         """Counts into this tally from now on, and runs until `end`."""
         self._tally = tally
+        self._is_ending = False
         if self.idle.is_set():
             self._start_next()
 
     def end(self) -> None:
-        """Starts nothing more; `idle` is set when the run under way has ended."""
-        self._tally = None
+        """Starts nothing more; `idle` is set when the run under way has ended, which still counts."""
+        self._is_ending = True
+
+    def close(self) -> None:
+        """Closes the socket."""
+        if self._transport is not None:
+            self._transport.disconnect()
 
     def _on_event(self, message: dict[str, object]) -> None:
         now = time.perf_counter()
@@ -75,19 +82,19 @@ class RunLoop(WSListener):
         if seq != self._last_seq + 1:
             self._fault(f"seq {seq} came after {self._last_seq}")
         self._last_seq = int(str(seq))
-        if seq == 1 and self._tally is not None:
+        if seq == 1:
             self._tally.first_events.append(now - self._sent)
         if message["type"] not in TERMINAL:
             return
         if message["type"] != "agent_completed" or seq != self._events:
             self._fault(f"the run ended with {message['type']} as event {seq}")
-        elif self._tally is not None:
+        else:
             self._tally.durations.append(now - self._sent)
         self._start_next()
 
     def _start_next(self) -> None:
         self._last_seq = 0
-        if self._tally is None or self._transport is None:
+        if self._is_ending or self._transport is None:
             self.idle.set()
             return
         self.idle.clear()
@@ -95,8 +102,7 @@ class RunLoop(WSListener):
         self._transport.send(WSMsgType.TEXT, self._frame)
 
     def _fault(self, text: str) -> None:
-        if self._tally is not None:
-            self._tally.faults.append(text)
+        self._tally.faults.append(text)
 
 
 async def connect(url: str, token: str, start: Mapping[str, object], events: int) -> RunLoop:

@@ -1,7 +1,8 @@
 """W1: N sockets, each back to back, from `start` to `agent_completed` of the scripted look-up run.
 
 Two model steps, one pure tool, six events of five kinds, all durable, all delivered. A run counts only if its log came
-whole. With --peers the same work by others, interleaved in one run.
+whole. With --peers the same work by others, interleaved in one run. Then W1b, heavier runs: 20 steps, each with a tool
+result of 8 KiB.
 """
 
 from __future__ import annotations
@@ -11,15 +12,47 @@ import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
+from typing import Final
 
+import asyncpg
+import orjson
 import uvloop
-from mainspring.dev import stack
+from mainspring.dev import Stack, stack
 
 from benchmarks.harness import Report, Slice, Subject, parser, progress
 from benchmarks.load import LOOKUP, LOOKUP_EVENTS, LOOKUP_START, Load, connect_users, drive, register
 
-WARM_UP_SECONDS = 2.0
-WARM_UP_SOCKETS = 16
+WARM_UP_SECONDS: Final = 2.0
+WARM_UP_SOCKETS: Final = 16
+HEAVY_SOCKETS: Final = 64
+HEAVY_LEAD_SECONDS: Final = 1.0
+HEAVY_STEPS: Final = 20
+HEAVY_RESULT_BYTES: Final = 8 << 10
+# Started, each step's thinking, executing and completed, the last thinking, completed.
+HEAVY_EVENTS: Final = 1 + 3 * HEAVY_STEPS + 2
+HEAVY_START: Final = {"op": "start", "id": "1", "agent": "heavy"}
+HEAVY_NOTE: Final = (
+    "W1b is measured without streamed deltas: PublishDeltas is not built yet. heavy_stored_ratio is what all tables of "
+    "the schema state grew by, indexes and TOAST included, by the bytes of the tools' results alone"
+)
+_STEP: Final = {"text": "Next.", "calls": [{"tool": "benchmark.payload", "arguments": {"size": HEAVY_RESULT_BYTES}}]}
+HEAVY_AGENT: Final = orjson.dumps(
+    {
+        "apiVersion": "mainspring/v1",
+        "kind": "Agent",
+        "name": "heavy",
+        "model": {
+            "provider": "scripted",
+            "script": [*[_STEP] * HEAVY_STEPS, {"text": "Done.", "result": {"steps": HEAVY_STEPS}}],
+        },
+        "tools": ["benchmark.payload"],
+        "limits": {"timeout": "120s", "max_steps": HEAVY_STEPS + 1},
+    }
+)
+_STORED_BYTES: Final = """
+    SELECT sum(pg_total_relation_size(c.oid))::bigint FROM pg_class c
+    WHERE c.relnamespace = 'state'::regnamespace AND c.relkind = 'r'
+"""
 
 
 def main() -> int:
@@ -27,6 +60,7 @@ def main() -> int:
     options = parser("throughput", __doc__ or "")
     options.add_argument("--sockets", type=int, nargs="+", default=[1, 64, 256], help="how many (default 1 64 256)")
     options.add_argument("--replicas", default="", help="as of `mainspring dev`, e.g. execution=2")
+    options.add_argument("--no-heavy", action="store_true", help="leave W1b out")
     arguments = options.parse_args()
     report = Report("throughput", arguments.seed)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -36,22 +70,25 @@ def main() -> int:
 
 
 async def _measure(report: Report, arguments: Namespace) -> None:
-    counts = {
-        name: int(count) for name, _, count in (part.partition("=") for part in arguments.replicas.split(",") if part)
-    }
+    parts = (part.partition("=") for part in arguments.replicas.split(",") if part)
+    counts = {name: int(count) for name, _, count in parts}
     with tempfile.TemporaryDirectory(prefix="mainspring-bench-") as folder:
         progress("starting the platform")
-        async with stack(data_dir=Path(folder), replicas=counts, log_level="warning") as running:
+        async with stack(
+            data_dir=Path(folder), replicas=counts, workers=["benchmarks.tools"], log_level="warning"
+        ) as running:
             await register(running, LOOKUP.read_bytes())
             loops = await connect_users(running, max(arguments.sockets), start=LOOKUP_START, events=LOOKUP_EVENTS)
             await drive(running, loops[:WARM_UP_SOCKETS], WARM_UP_SECONDS)
             subjects: list[Subject] = [Load(running, loops, report)]
             for callers in arguments.sockets:
-                await rounds(subjects, callers, arguments.seconds, arguments.repeat, report)
+                await _rounds(subjects, callers, arguments.seconds, arguments.repeat, report)
+            if not arguments.no_heavy:
+                await _measure_heavy(running, arguments.seconds, arguments.repeat, report)
 
 
-async def rounds(subjects: list[Subject], callers: int, seconds: float, repeat: int, report: Report) -> None:
-    """Measures all subjects in turn, again and again, and reports the first's figures, the others' and their ratios."""
+async def _rounds(subjects: list[Subject], callers: int, seconds: float, repeat: int, report: Report) -> None:
+    """Measures all subjects in turn, again and again: the first's figures, the others' and the ratios."""
     slices: dict[str, list[Slice]] = {subject.name: [] for subject in subjects}
     for number in range(repeat):
         for subject in subjects:
@@ -62,6 +99,26 @@ async def rounds(subjects: list[Subject], callers: int, seconds: float, repeat: 
     for peer in peers:
         report.add_peer(peer, str(callers), slices[peer])
         report.compare(f"runs_per_second_{callers}_by_{peer}", slices[ours], slices[peer], "runs_per_second")
+
+
+async def _measure_heavy(running: Stack, seconds: float, repeat: int, report: Report) -> None:
+    await register(running, HEAVY_AGENT)
+    loops = await connect_users(running, HEAVY_SOCKETS, start=HEAVY_START, events=HEAVY_EVENTS)
+    database = await asyncpg.connect(running.database_url)
+    try:
+        before = await database.fetchval(_STORED_BYTES)
+        load = Load(running, loops, report, kind="heavy ", lead_seconds=HEAVY_LEAD_SECONDS)
+        slices = []
+        for number in range(repeat):
+            progress(f"W1b, {HEAVY_SOCKETS} sockets, slice {number + 1} of {repeat}")
+            slices.append(await load.measure(HEAVY_SOCKETS, seconds))
+        stored = await database.fetchval(_STORED_BYTES) - before
+        runs = await database.fetchval("SELECT count(*) FROM state.runs WHERE agent = 'heavy'")
+    finally:
+        await database.close()
+    report.add(str(HEAVY_SOCKETS), slices, prefix="heavy_")
+    report.figures["heavy_stored_ratio"] = round(stored / max(1, runs * HEAVY_STEPS * HEAVY_RESULT_BYTES), 4)
+    report.notes.append(HEAVY_NOTE)
 
 
 if __name__ == "__main__":
