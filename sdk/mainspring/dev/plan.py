@@ -33,6 +33,8 @@ REPLICAS_MAX: Final = 16
 _DRAIN_SECONDS: Final = 2
 _SERVICE_TOKEN_SECONDS: Final = 365 * 24 * 3600
 # Of one process each: inherited, they would be all processes'.
+# gRPC's former I/O loop costs a fifth less CPU per frame than its event engine (docs/decisions/0009).
+GRPC_EXPERIMENTS: Final = "-event_engine_client,-event_engine_listener"
 _NOT_INHERITED: Final = ("MAINSPRING_METRICS_LISTEN", "MAINSPRING_INSTANCE_ID", "MAINSPRING_TOKEN", "MAINSPRING_URL")
 
 
@@ -138,10 +140,10 @@ def worker_launches(plan: Plan, folder: Folder) -> list[Launch]:
     """The stack's own workers, if it has any. They get no secret, only a token: tools are the user's code."""
     if plan.workers is None:
         return []
-    return [_worker_launch(plan, folder, index) for index in range(plan.worker_replicas)]
+    return [_worker_launch(plan, folder, index=index) for index in range(plan.worker_replicas)]
 
 
-def _worker_launch(plan: Plan, folder: Folder, index: int) -> Launch:
+def _worker_launch(plan: Plan, folder: Folder, *, index: int) -> Launch:
     label = WORKER if plan.worker_replicas == 1 else f"{WORKER}.{index}"
     ready_file = folder.path / f"{label}.ready"
     return Launch(
@@ -187,4 +189,5 @@ def _service_env(plan: Plan, name: str) -> dict[str, str]:
 
 
 def _inherited() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    return {"GRPC_EXPERIMENTS": GRPC_EXPERIMENTS, **inherited}
