@@ -19,6 +19,8 @@ FROM python:3.11-slim
 RUN useradd --system --uid 10001 --user-group --no-create-home mainspring
 COPY --from=build /opt/mainspring /opt/mainspring
 ENV PATH=/opt/mainspring/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# As `mainspring dev` sets it; see docs/decisions/0009.
+ENV GRPC_EXPERIMENTS=-event_engine_client,-event_engine_listener
 USER 10001:10001
 WORKDIR /tmp
 # A worker for tools of your own: FROM this image, add the modules, and run `mainspring worker MODULE`.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jwt
 import pytest
 from mainspring.dev.folder import Folder, Secrets
 from mainspring.dev.plan import (
+    GRPC_EXPERIMENTS,
     PROCESSES,
     Plan,
     choose_addresses,
@@ -139,3 +143,21 @@ def test_what_belongs_to_one_process_is_not_inherited(tmp_path: Path, monkeypatc
     monkeypatch.setenv("MAINSPRING_METRICS_LISTEN", "127.0.0.1:9090")
     monkeypatch.setenv("MAINSPRING_INSTANCE_ID", "one")
     assert not {"MAINSPRING_METRICS_LISTEN", "MAINSPRING_INSTANCE_ID"} & set(launches(tmp_path)["state"].env)
+
+
+def test_the_installed_grpc_knows_the_switches_that_every_process_is_started_with(tmp_path: Path) -> None:
+    plan = make_plan()
+    folder = Folder(tmp_path)
+    started = service_launches(plan, folder) + worker_launches(plan, folder)
+    assert {launch.env["GRPC_EXPERIMENTS"] for launch in started} == {GRPC_EXPERIMENTS}
+    assert f"ENV GRPC_EXPERIMENTS={GRPC_EXPERIMENTS}\n" in (Path(__file__).parents[3] / "Dockerfile").read_text()
+
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import grpc"],
+        env=os.environ | {"GRPC_EXPERIMENTS": GRPC_EXPERIMENTS},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert loaded.stderr == ""
