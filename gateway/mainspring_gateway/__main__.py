@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -20,6 +21,7 @@ from mainspring_gateway import metrics
 from mainspring_gateway.app import make_app
 from mainspring_gateway.config import GatewaySettings
 from mainspring_gateway.connections import Connections
+from mainspring_gateway.door import Strangers, Visitor
 from mainspring_gateway.engine import Engine
 from mainspring_gateway.gateway import Gateway, draining
 from mainspring_gateway.outgoing import Flusher
@@ -44,7 +46,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> None:
         engine = Engine(settings, peers)
         connections = Connections(settings)
         metrics.observe(connections, engine.feeds)
-        gateway = Gateway(settings, verifier, peers, engine, connections, Flusher())
+        gateway = Gateway(settings, verifier, peers, engine, connections, Flusher(), Strangers(settings))
         async with engine.running(connections.beat), _serving(gateway, listener):
             await stop.wait()
             engine.draining.set()
@@ -64,14 +66,23 @@ def _listener(address: str) -> socket.socket:
 @asynccontextmanager
 async def _serving(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
     logging.getLogger("aiohttp.server").addFilter(_is_ours)
-    runner = web.AppRunner(make_app(gateway), access_log=None, shutdown_timeout=gateway.settings.drain_seconds)
+    runner = web.AppRunner(make_app(gateway), shutdown_timeout=gateway.settings.drain_seconds)
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+    assert runner.server is not None
+    visitor = partial(
+        Visitor,
+        runner.server,
+        strangers=gateway.strangers,
+        keepalive_timeout=gateway.settings.idle_seconds,
+        access_log=None,
+    )
+    listening = await asyncio.get_running_loop().create_server(visitor, sock=listener, backlog=_BACKLOG)
     telemetry.logger().info("server_started", address=gateway.settings.listen, port=listener.getsockname()[1])
     gc.freeze()
     try:
         yield
     finally:
+        listening.close()
         await runner.cleanup()
 
 

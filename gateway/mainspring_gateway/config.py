@@ -26,6 +26,7 @@ class GatewaySettings(ServiceSettings):
     hello_seconds: float = Field(5, gt=0, le=60, description="time for a first frame that carries the credential")
     sse_heartbeat_seconds: float = Field(15, gt=0, le=300, description="silence on an event stream before a comment")
     start_seconds: float = Field(10, gt=0, le=300, description="time for a started run to become durable")
+    idle_seconds: float = Field(75, gt=0, le=3_600, description="time for a request's head, and between requests")
     close_seconds: float = Field(5, gt=0, le=60, description="time for a client to answer a close")
 
     frame_bytes_max: int = Field(1 << 20, ge=1_024, le=16 << 20, description="size of a client's frame or body")
@@ -35,6 +36,10 @@ class GatewaySettings(ServiceSettings):
     commands_max: int = Field(64, ge=1, description="commands of one socket that may be under way at a time")
     sockets_per_user_max: int = Field(1_024, ge=1, description="sockets and event streams that one user may have open")
     sockets_max: int = Field(20_000, ge=1, description="sockets and event streams that this process takes")
+    strangers_max: int = Field(5_000, ge=1, description="connections that have named no user yet, in all")
+    strangers_per_peer_max: int = Field(
+        1_000, ge=1, description="those of one address; behind a proxy all clients have one: set it to strangers_max"
+    )
     reads_max: int = Field(32, ge=1, le=1_000, description="log reads for replays that may be under way at a time")
 
     @field_validator("allowed_origins")

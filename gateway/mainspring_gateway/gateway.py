@@ -11,6 +11,7 @@ from mainspring_kit.identity import TokenVerifier
 
 from mainspring_gateway.config import GatewaySettings
 from mainspring_gateway.connections import Connections
+from mainspring_gateway.door import Strangers
 from mainspring_gateway.engine import Engine
 from mainspring_gateway.outgoing import Flusher
 from mainspring_gateway.peers import Peers
@@ -26,6 +27,7 @@ class Gateway:
     engine: Engine
     connections: Connections
     flusher: Flusher
+    strangers: Strangers
 
     def refuse_when_draining(self) -> None:
         """DRAINING once the process is about to stop."""

@@ -159,6 +159,7 @@ def _admit(request: web.Request, method: MethodDescriptor) -> tuple[Gateway, Pri
     """The gateway, and the user who may do this."""
     gateway = request.app[GATEWAY]
     principal = access.authenticate(gateway.verifier, request.headers)
+    gateway.strangers.leave(request.protocol)
     access.authorize(principal, method)
     return gateway, principal
 

@@ -153,6 +153,7 @@ class Socket:
             if hello is None:
                 return False
             frame_id, principal = hello.frame_id, access.verify_user(self._gateway.verifier, hello.token)
+        self._gateway.strangers.leave(self._request.protocol)
         self._gateway.connections.admit(self, principal)
         self._conversation = Conversation(principal, outgoing, gateway=self._gateway)
         outgoing.send(self._welcome(principal, frame_id))
