@@ -28,6 +28,7 @@ _USER_PATTERN: Final = re.compile(r"[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,127}")
 _PLACEHOLDERS: Final = frozenset(
     {"default", "test", "none", "null", "undefined", "0", "unknown", "anonymous", "user", "placeholder", "example"}
 )
+_TEXTS: Final = ("tenant_id", "user_id", "session_id", "run_id", "request_id", "parent_request_id", "trace_id")
 _SERVICE_TOKEN_SECONDS: Final = 3_600
 _CACHED_TOKENS_MAX: Final = 10_000
 
@@ -78,17 +79,8 @@ class UserExecutionContext:
 
     def to_message(self) -> identity_pb2.UserExecutionContext:
         """The context as it travels."""
-        message = identity_pb2.UserExecutionContext(
-            tenant_id=self.tenant_id,
-            user_id=self.user_id,
-            session_id=self.session_id,
-            run_id=self.run_id,
-            request_id=self.request_id,
-            parent_request_id=self.parent_request_id,
-            depth=self.depth,
-            roles=self.roles,
-            trace_id=self.trace_id,
-        )
+        texts = {name: getattr(self, name) for name in _TEXTS}
+        message = identity_pb2.UserExecutionContext(depth=self.depth, roles=self.roles, **texts)
         if self.deadline is not None:
             message.deadline.FromDatetime(self.deadline)
         return message
@@ -100,18 +92,9 @@ class UserExecutionContext:
             deadline = message.deadline.ToDatetime(UTC) if message.HasField("deadline") else None
         except (ValueError, OverflowError) as error:
             raise _refused("deadline", str(message.deadline.seconds)) from error
-        return cls(
-            tenant_id=message.tenant_id,
-            user_id=message.user_id,
-            session_id=message.session_id,
-            run_id=message.run_id,
-            request_id=message.request_id or new_id(),
-            parent_request_id=message.parent_request_id,
-            depth=message.depth,
-            roles=tuple(message.roles),
-            trace_id=message.trace_id,
-            deadline=deadline,
-        )
+        texts = {name: getattr(message, name) for name in _TEXTS}
+        texts["request_id"] = texts["request_id"] or new_id()
+        return cls(depth=message.depth, roles=tuple(message.roles), deadline=deadline, **texts)
 
 
 def _check_identity(field: str, value: str, *, pattern: re.Pattern[str]) -> None:
@@ -165,7 +148,7 @@ class TokenVerifier:
                 self._verified.popitem(last=False)
         if principal.expire_time <= time.time():
             self._verified.pop(token, None)
-            raise _token_invalid("it has expired")
+            raise token_invalid("it has expired")
         return principal
 
     def _decode(self, token: str) -> Principal:
@@ -173,7 +156,7 @@ class TokenVerifier:
             issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
             secret = self._secrets.get(issuer) if isinstance(issuer, str) else None
             if secret is None:
-                raise _token_invalid("its issuer is not known here")
+                raise token_invalid("its issuer is not known here")
             claims = jwt.decode(
                 token,
                 secret,
@@ -183,27 +166,28 @@ class TokenVerifier:
                 options={"require": ["iss", "aud", "sub", "tenant", "roles", "iat", "exp", "jti"]},
             )
         except jwt.PyJWTError as error:
-            raise _token_invalid(str(error)) from error
+            raise token_invalid(str(error)) from error
         return _principal(claims, is_service=issuer == SERVICE_ISSUER)
 
 
 def _principal(claims: dict[str, object], *, is_service: bool) -> Principal:
     subject, tenant_id, roles, expires = claims["sub"], claims["tenant"], claims["roles"], claims["exp"]
     if not isinstance(subject, str) or not isinstance(tenant_id, str) or not isinstance(expires, int | float):
-        raise _token_invalid("sub, tenant or exp has the wrong type")
+        raise token_invalid("sub, tenant or exp has the wrong type")
     if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
-        raise _token_invalid("roles is not a list of names")
+        raise token_invalid("roles is not a list of names")
     if is_service:
         if roles != ["service"]:
-            raise _token_invalid("a service token has exactly the role service")
+            raise token_invalid("a service token has exactly the role service")
         return Principal(subject, "", "", ("service",), True, float(expires))
     if not set(roles) & set(ROLE_NAMES) or not set(roles) <= set(ROLE_NAMES):
-        raise _token_invalid(f"roles must be some of {', '.join(ROLE_NAMES)}")
+        raise token_invalid(f"roles must be some of {', '.join(ROLE_NAMES)}")
     UserExecutionContext(tenant_id=tenant_id, user_id=subject)
     return Principal(subject, tenant_id, subject, tuple(roles), False, float(expires))
 
 
-def _token_invalid(detail: str) -> MainspringError:
+def token_invalid(detail: str) -> MainspringError:
+    """TOKEN_INVALID, with what is wrong with the token."""
     return MainspringError(
         Reason.TOKEN_INVALID, f"The bearer token is not valid: {detail}. Get a new token.", detail=detail
     )
@@ -222,16 +206,14 @@ class ServiceTokens:
         """The value of the `authorization` metadata."""
         if time.time() >= self._renew_time:
             now = int(time.time())
-            claims = {
+            claims: dict[str, object] = {
                 "iss": SERVICE_ISSUER,
                 "aud": AUDIENCE,
                 "sub": self._name,
                 "tenant": "",
                 "roles": ["service"],
-                "iat": now,
-                "exp": now + _SERVICE_TOKEN_SECONDS,
-                "jti": new_id(),
             }
+            claims |= {"iat": now, "exp": now + _SERVICE_TOKEN_SECONDS, "jti": new_id()}
             self._token = f"Bearer {jwt.encode(claims, self._secret, algorithm='HS256')}"
             self._renew_time = now + _SERVICE_TOKEN_SECONDS / 2
         return self._token

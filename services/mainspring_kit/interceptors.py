@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -18,7 +18,15 @@ from mainspring.v1 import identity_pb2
 
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError, Reason, Violation, to_status
-from mainspring_kit.identity import CONTEXT_KEY, Caller, TokenVerifier, UserExecutionContext, caller_variable, new_id
+from mainspring_kit.identity import (
+    CONTEXT_KEY,
+    Caller,
+    TokenVerifier,
+    UserExecutionContext,
+    caller_variable,
+    new_id,
+    token_invalid,
+)
 from mainspring_kit.streams import call_tasks
 from mainspring_kit.tasks import background
 
@@ -29,6 +37,7 @@ _PEER_GONE: Final = (asyncio.CancelledError, grpc.aio.InternalError, grpc.aio.Us
 
 # grpc.aio's handlers and contexts are generic over messages that only the generated code knows: Any.
 ServicerContext = grpc.aio.ServicerContext[Any, Any]
+_Reader = Callable[[bytes], Any]
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -53,37 +62,39 @@ class Guard(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith(OPEN_SERVICES):
             return handler
-        wrap: Callable[..., Any] = self._streaming if handler.response_streaming else self._unary
-        codecs = (handler.request_deserializer, handler.response_serializer)
-        if handler.request_streaming and handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(wrap(method, handler.stream_stream), *codecs)
+        read, pack = _reader(handler.request_deserializer), handler.response_serializer
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(self._streaming(method, handler.stream_stream), read, pack)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(wrap(method, handler.unary_stream), *codecs)
-        return grpc.unary_unary_rpc_method_handler(wrap(method, handler.unary_unary), *codecs)
+            return grpc.unary_stream_rpc_method_handler(self._streaming(method, handler.unary_stream, read), None, pack)
+        return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary, read), None, pack)
 
-    def _unary(self, method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def call(request: Any, context: ServicerContext) -> Any:
+    def _unary(self, method: str, behaviour: Any, read: _Reader) -> Callable[..., Awaitable[Any]]:
+        async def call(data: bytes, context: ServicerContext) -> Any:
             async with _Span(method, context, streaming=False):
                 with self._admit(method, context):
-                    if isinstance(request, Message):
-                        validate(request)
+                    validate(request := read(data))
                     return await behaviour(request, context)
 
         return call
 
-    def _streaming(self, method: str, behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., Awaitable[None]]:
+    def _streaming(self, method: str, behaviour: Any, read: _Reader | None = None) -> Callable[..., Awaitable[None]]:
         async def call(request: Any, context: ServicerContext) -> None:
             async with _Span(method, context, streaming=True), background() as tasks:
                 with self._admit(method, context):
-                    if isinstance(request, Message):
-                        validate(request)
+                    if read is not None:
+                        validate(request := read(request))
                     call_tasks.set(tasks)
                     responses = behaviour(request, context)
+                    expiry = asyncio.timeout(caller_variable.get().principal.expire_time - time.time())
                     try:
-                        async for response in responses:
-                            await context.write(response)
+                        async with expiry:
+                            async for response in responses:
+                                await context.write(response)
+                    except TimeoutError as error:
+                        raise token_invalid("it has expired") if expiry.expired() else error from None
                     finally:
-                        await responses.aclose()  # type: ignore[attr-defined]  # an async generator
+                        await responses.aclose()
 
         return call
 
@@ -97,13 +108,9 @@ class Guard(grpc.aio.ServerInterceptor):
         principal = self._verifier.verify(bearer_token(metadata))
         role = self._roles.get(method, identity_pb2.ROLE_UNSPECIFIED)
         if not principal.covers(role):
-            raise MainspringError(
-                Reason.ROLE_REQUIRED,
-                f"{method} needs the role {identity_pb2.Role.Name(role)[5:].lower()}; "
-                f"the token has {', '.join(principal.roles)}: get one with that role.",
-                method=method,
-                role=identity_pb2.Role.Name(role)[5:].lower(),
-            )
+            name = identity_pb2.Role.Name(role)[5:].lower()
+            message = f"{method} needs the role {name}; the token has {', '.join(principal.roles)}: get one with it."
+            raise MainspringError(Reason.ROLE_REQUIRED, message, method=method, role=name)
         user_context = None
         if not principal.is_service:
             user_context = UserExecutionContext(
@@ -144,8 +151,6 @@ class _Span:
 
     async def __aenter__(self) -> None:
         self._start = time.monotonic()
-        if self._streaming:
-            telemetry.logger().debug("stream_opened", method=self._method)
 
     async def __aexit__(self, kind: object, raised: BaseException | None, trace: object) -> None:
         error = _single(raised)
@@ -192,6 +197,18 @@ def bearer_token(metadata: Mapping[str, str | bytes]) -> str:
             Reason.TOKEN_MISSING, "There is no bearer token: send `authorization: Bearer <token>` with the call."
         )
     return token.strip()
+
+
+def _reader(decode: Any) -> _Reader:
+    """Decodes requests within the call, so that bytes that are no message are refused as any other fault of theirs."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError as error:
+            raise MainspringError(Reason.REQUEST_INVALID, f"The request is no message: {error}.", field="") from error
+
+    return read
 
 
 def validate(message: Message) -> None:

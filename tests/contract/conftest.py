@@ -48,6 +48,8 @@ from test_framework.grpc_testing import AioServerFacade, add_to_server, free_add
 from test_framework.identities import Identities
 from test_framework.loop_thread import LoopThread
 from test_framework.servers import Database, PostgresServer, embedded_postgres, embedded_valkey
+from test_framework.stack import Stack
+from tests.contract.matrix_calls import Wire, World
 
 AUTH_SECRET = "dev-contract-tests-sign-users-tokens-with-this"
 SERVICE_SECRET = "dev-contract-tests-sign-service-tokens-with-this"
@@ -230,3 +232,17 @@ async def aio_channel(grpc_server: AioServerFacade, grpc_addr: str) -> AsyncIter
 async def aio_stub(request: pytest.FixtureRequest, aio_channel: grpc.aio.Channel) -> Any:
     """The stub of the module's `grpc_service` on the test's own loop."""
     return stub_class(request.module.grpc_service)(aio_channel)
+
+
+@pytest.fixture(scope="module")
+def wire(real_services_fixture: Stack) -> Iterator[Wire]:
+    """The session's stack of real processes, for the modules of the matrix: any rpc of it can be called."""
+    opened = Wire(real_services_fixture)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def world(wire: Wire) -> World:
+    """A user of the module's own on that stack, with an agent and a finished run."""
+    return World.make(wire)

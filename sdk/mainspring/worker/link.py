@@ -199,7 +199,8 @@ class Link:
 
     def _note(self, error: grpc.aio.AioRpcError) -> None:
         code = error.code()
-        if code in _FATAL:
+        # A stream that stood ends so when its token has run out; whether there is a new one the next try finds out.
+        if code in _FATAL and not self.is_attached:
             raise WorkerError(
                 f"The dispatcher at {self.address} refuses this worker: {code.name}: {error.details()}"
             ) from error
