@@ -1,0 +1,254 @@
+"""A history: what a seed makes users want and what it breaks, played to the end and judged."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+from mainspring.v1 import types_pb2
+from mainspring_kit.identity import UserExecutionContext
+
+from tests.simulation.checks import TERMINAL
+from tests.simulation.clients import Client, Onlooker, Wish
+from tests.simulation.loop import Process
+from tests.simulation.network import Host
+from tests.simulation.parts import TOOLS
+from tests.simulation.world import World, installed
+
+# After so many virtual seconds everything must have ended: takeovers take some five seconds each.
+SECONDS_MAX = 120.0
+# Faults come within this time; then the world is kind.
+ROUGH_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a history."""
+
+    seed: int
+    violations: tuple[str, ...]
+    seconds: float
+    events: int
+
+
+def play(seed: int, *, trace: Callable[[str], None] | None = None) -> Outcome:
+    """Plays the history of this seed."""
+    random.seed(seed)
+    world = World(seed, trace=trace)
+    with installed(world):
+        try:
+            history = History(world)
+            history.run()
+        finally:
+            world.loop.reap()
+    violations = [*world.checker.violations, *world.loop.errors]
+    events = sum(len(rows) for rows in world.schema.events.values())
+    return Outcome(seed, tuple(violations), world.loop.now, events)
+
+
+class History:
+    """One seed's plan, and its course."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._rng = world.rng
+        counts = {
+            "state": self._rng.choice((1, 2, 2)),
+            "execution": self._rng.choice((1, 2, 2, 3)),
+            "dispatcher": 1,
+            "gateway": 1,
+            "browser": 1,
+        }
+        for kind, count in counts.items():
+            for number in range(1, count + 1):
+                world.network.hosts[f"{kind}-{number}:1"] = Host()
+        self.clients = [Client(world, wish, self._look_up) for wish in _wishes(self._rng)]
+
+    def run(self) -> None:
+        """Plays to the end and judges."""
+        world, loop = self._world, self._world.loop
+        for address in world.network.hosts:
+            world.boot(address)
+        for _ in range(self._rng.choice((0, 1, 1, 2, 2, 3, 4))):
+            loop.call_later(self._rng.random() * ROUGH_SECONDS, self._break_something)
+        if self._rng.random() < 0.3:
+            world.server.fault_share = 0.05
+        if self._rng.random() < 0.3:
+            world.bus.loss_share = 0.1
+        loop.call_later(ROUGH_SECONDS, self._calm_down)
+        browser = self._process("browser-1:1")
+        for client in self.clients:
+            loop.call_later(client.wish.start_time, self._send, client)
+            if client.wish.cancel_after is not None:
+                moment = client.wish.start_time + client.wish.cancel_after
+                loop.call_later(moment, self._cancel, client, browser)
+        if self._rng.random() < 0.3:
+            wish = self.clients[0].wish
+            user = UserExecutionContext(wish.tenant_id, wish.user_id)
+            world.spawn(browser, partial(Onlooker(world, user, number=1).look, self.clients))
+        loop.run_until(SECONDS_MAX)
+        self._judge()
+
+    def _look_up(self) -> None:
+        """A client has all it wanted: when all have, the history is over."""
+        self._world.loop.is_over = all(client.is_done for client in self.clients)
+
+    def _process(self, address: str) -> Process:
+        process = self._world.network.hosts[address].process
+        assert process is not None, "every address was booted"
+        return process
+
+    def _send(self, client: Client) -> None:
+        """A client goes to the gateway, when there is one."""
+        process, engine = self._process("gateway-1:1"), self._world.gateway
+        if client.is_done:
+            return
+        if engine is None or not engine.feeds.is_attached or not process.is_alive:
+            self._world.loop.call_later(0.1, self._send, client)
+            return
+        if client.engine is not engine:
+            client.engine = engine
+            self._world.spawn(process, partial(client.go, engine))
+
+    def _cancel(self, client: Client, browser: Process) -> None:
+        self._world.spawn(browser, client.cancel)
+
+    def _break_something(self) -> None:
+        world, rng = self._world, self._rng
+        kind = rng.choice(("kill", "kill", "kill", "pause", "cut", "leave", "bus"))
+        address = rng.choice([name for name in world.network.hosts if not name.startswith("browser")])
+        process = self._process(address)
+        world.trace(f"fault: {kind} {process}")
+        if kind == "kill":
+            process.last_step = process.steps + 1 + int(rng.random() ** 2 * 200)
+            world.loop.call_later(1.0 + 2.0 * rng.random(), self._restart, address, process)
+        elif kind == "pause":
+            process.is_paused = True
+            world.loop.call_later(rng.random() * 6.0, world.loop.resume, process)
+        elif kind == "cut":
+            other = self._process(rng.choice(list(world.network.hosts)))
+            world.network.break_calls(process, other)
+        elif kind == "leave" and address.startswith(("execution", "state")):
+            self._leave(address, process)
+        elif kind == "bus":
+            self._break_bus()
+
+    def _restart(self, address: str, process: Process) -> None:
+        """Kills what the step did not come to, and starts its successor."""
+        if self._process(address) is not process:
+            return
+        self._world.kill(process)
+        if address.startswith("gateway"):
+            self._world.gateway = None
+        self._world.boot(address)
+        if address.startswith("gateway"):
+            for client in self.clients:
+                if self._world.loop.now > client.wish.start_time:
+                    self._world.loop.call_later(0.05, self._send, client)
+
+    def _leave(self, address: str, process: Process) -> None:
+        """SIGTERM: drains, and is gone soon."""
+        if address.startswith("state") and process.name in self._world.states:
+            process.context.run(self._world.loop.call_soon, self._world.states[process.name].drain)
+        elif process.name in self._world.runs:
+            self._world.spawn(process, partial(self._drain, process))
+        self._world.loop.call_later(1.0, self._restart, address, process)
+
+    async def _drain(self, process: Process) -> None:
+        runs = self._world.runs[process.name]
+        runs.is_draining = True
+        await runs.drain(self._rng.random())
+        await self._world.leases[process.name].leave()
+
+    def _break_bus(self) -> None:
+        bus = self._world.bus
+        bus.is_down = True
+        for queue in bus.listeners.values():
+            queue.put_nowait(b"")
+        self._world.loop.call_later(self._rng.random() * 4.0, self._mend_bus)
+
+    def _mend_bus(self) -> None:
+        self._world.bus.is_down = False
+
+    def _calm_down(self) -> None:
+        self._world.network.is_rough = False
+        self._world.server.fault_share = 0.0
+        self._world.bus.loss_share = 0.0
+
+    def _judge(self) -> None:
+        """What must hold at the end."""
+        world, checker = self._world, self._world.checker
+        if checker.violations:
+            return
+        by_key: dict[tuple[str, str, str], set[str]] = {}
+        for client in self.clients:
+            wish = client.wish
+            if client.refusal:
+                checker.fail(f"{client.name} was refused: {client.refusal}")
+                continue
+            log = checker.log(client.key)
+            kinds = [event.WhichOneof("payload") for event in log]
+            checker.expect(client.has_ended, f"{client.name}: run {client.run_id} has not ended: {kinds}")
+            checker.expect(client.seen_seq == len(log), f"{client.name} saw {client.seen_seq} of {len(log)} events")
+            checker.expect(sum(kind in TERMINAL for kind in kinds) <= 1, f"{client.run_id} has two ends")
+            by_key.setdefault((wish.tenant_id, wish.user_id, wish.key), set()).add(client.run_id)
+            self._judge_calls(client)
+        for key, run_ids in by_key.items():
+            checker.expect(len(run_ids) == 1, f"the key {key} started {run_ids}")
+        made = {run_id for _, run_id in world.schema.runs}
+        asked = {client.run_id for client in self.clients}
+        checker.expect(made <= asked, f"runs that nobody was told of: {made - asked}")
+
+    def _judge_calls(self, client: Client) -> None:
+        """No call is left open by a run's end, and what succeeded had its effect."""
+        checker = self._world.checker
+        outcomes = {}
+        begun = set()
+        for event in checker.log(client.key):
+            if event.HasField("tool_executing"):
+                begun.add(event.tool_executing.call_id)
+            elif event.HasField("tool_completed"):
+                outcomes[event.tool_completed.call_id] = event.tool_completed
+        checker.expect(begun <= outcomes.keys(), f"{client.run_id} ended with open calls: {begun - outcomes.keys()}")
+        for call_id, outcome in outcomes.items():
+            if outcome.status == types_pb2.TOOL_STATUS_OK:
+                checker.expect(checker.arrivals[call_id], f"{call_id} succeeded without its effect")
+
+
+def _wishes(rng: Random) -> list[Wish]:
+    wishes: list[Wish] = []
+    for number in range(1, rng.choice((1, 2, 2, 3, 3, 4)) + 1):
+        steps = rng.choice((1, 2, 2, 3))
+        former = rng.choice(wishes) if wishes and rng.random() < 0.2 else None
+        user_id = rng.choice(("ann", "bob"))
+        wish = Wish(
+            number=number,
+            tenant_id="acme",
+            user_id=user_id,
+            session_id=f"talk-{user_id}-{rng.choice((1, number))}",
+            agent=rng.choice(("quick", "quick", "slow", "slow", "late")),
+            script=[[rng.choice(TOOLS) for _ in range(rng.choice((0, 1, 1, 2)))] for _ in range(steps)],
+            key=f"key-{number}",
+            start_time=0.1 + rng.random() ** 2 * 3.0,
+            repeats=rng.random() < 0.2,
+            cancel_after=rng.random() * 2.0 if rng.random() < 0.2 else None,
+        )
+        if former is not None:
+            # Two clients of one user start the same at about the same time.
+            wish = Wish(
+                number=number,
+                tenant_id=former.tenant_id,
+                user_id=former.user_id,
+                session_id=former.session_id,
+                agent=former.agent,
+                script=former.script,
+                key=former.key,
+                start_time=former.start_time + rng.random() * 0.1,
+                repeats=False,
+                cancel_after=None,
+            )
+        wishes.append(wish)
+    return wishes

@@ -1,0 +1,243 @@
+"""What stands around the services in a history: models, tools with effects, a catalog, and the wire between states."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from random import Random
+from typing import Any
+
+import orjson
+from mainspring.v1 import dispatcher_pb2, state_pb2, types_pb2
+from mainspring_execution.core.plan import AgentPlan
+from mainspring_execution.core.thought import Thought, Turn, WantedCall
+from mainspring_execution.engine.catalog import PreparedAgent
+from mainspring_execution.peers import CallPool
+from mainspring_kit.errors import MainspringError, Reason
+from mainspring_kit.identity import UserExecutionContext
+from mainspring_kit.streams import Replies, serve_batches
+from mainspring_state.core import hearing
+
+from tests.simulation.checks import EFFECTS, Checker
+from tests.simulation.loop import PROCESS, SimLoop
+
+# Any in this module: JSON, and servicer contexts, which nothing here looks at.
+
+OUTSTANDING_MAX = 10_000
+TOOLS = tuple(EFFECTS)
+
+
+class Model:
+    """Plays the script in the run's input: a list of tools for each step, and a result behind the last."""
+
+    needs_history = False
+
+    def __init__(self, checker: Checker, rng: Random, *, executor_id: str, think_seconds: float) -> None:
+        self._checker = checker
+        self._rng = rng
+        self._executor_id = executor_id
+        self._think_seconds = think_seconds
+
+    def waits(self, step: int) -> bool:
+        """Whether `think` may suspend."""
+        return self._think_seconds > 0
+
+    async def think(self, turn: Turn) -> Thought:
+        """Answers the step, or fails in passing."""
+        self._checker.model_called(self._executor_id, turn.run_id, turn.step)
+        if self._think_seconds:
+            await asyncio.sleep(self._think_seconds * self._rng.random())
+            if self._rng.random() < 0.05:
+                raise MainspringError(Reason.PEER_UNAVAILABLE, "The model is busy: ask again.", peer="model")
+        script = orjson.loads(turn.input)["script"]
+        calls = script[turn.step - 1]
+        return Thought(
+            model="simulated",
+            text=f"step {turn.step}",
+            usage=types_pb2.Usage(input_tokens=1),
+            calls=tuple(
+                WantedCall(f"{effect}.tool", orjson.dumps({"step": turn.step, "index": index}))
+                for index, effect in enumerate(calls)
+            ),
+            result=b'{"answer":1}' if turn.step == len(script) else b"",
+            provider_state=b"secret",
+        )
+
+
+class Catalog:
+    """Two agents, one whose model answers at once and one whose model takes its time, and a tool of each effect."""
+
+    def __init__(self, checker: Checker, rng: Random, *, executor_id: str) -> None:
+        self._agents = {
+            name: PreparedAgent(
+                AgentPlan(
+                    agent=name,
+                    version="1",
+                    provider="simulated",
+                    model={},
+                    instructions="",
+                    tools=frozenset(f"{effect}.tool" for effect in TOOLS),
+                    output_schema=None,
+                    timeout_seconds=timeout_seconds,
+                    steps_max=20,
+                ),
+                Model(checker, rng, executor_id=executor_id, think_seconds=think_seconds),
+            )
+            for name, think_seconds, timeout_seconds in (("quick", 0, 300), ("slow", 0.2, 300), ("late", 2.0, 1.0))
+        }
+
+    async def resolve(
+        self, context: UserExecutionContext, name: str, *, alias: str = "", version: str = ""
+    ) -> PreparedAgent:
+        """The agent."""
+        return self._agents[name]
+
+    async def recall(self, context: UserExecutionContext, name: str, *, version: str) -> PreparedAgent:
+        """The agent."""
+        return self._agents[name]
+
+    def lacks(self, tools: Iterable[str], *, tenant_id: str) -> bool:
+        """Nothing."""
+        return False
+
+    def effect_of(self, tool: str, *, tenant_id: str) -> int:
+        """As the tool's name says."""
+        return EFFECTS[tool.split(".")[0]]
+
+
+class ObservedCalls:
+    """The product's pool of calls, which also tells when an executor decides to make one."""
+
+    def __init__(self, pool: CallPool, on_post: Callable[[dispatcher_pb2.ToolCall], None]) -> None:
+        self.run = pool.run
+        self._pool = pool
+        self._on_post = on_post
+
+    def post(self, call: dispatcher_pb2.ToolCall) -> asyncio.Future[dispatcher_pb2.ToolResult]:
+        """Sends the call."""
+        self._on_post(call)
+        return self._pool.post(call)
+
+
+class Workers:
+    """DispatcherService: each call has its effect after a while, or never, where it is cancelled or its process dies."""
+
+    def __init__(self, checker: Checker, loop: SimLoop, rng: Random) -> None:
+        self._checker = checker
+        self._loop = loop
+        self._rng = rng
+        self._seconds = rng.choice((0.002, 0.05, 0.5))
+        self._under_way: dict[str, tuple[Any, dispatcher_pb2.ToolCall, Replies[dispatcher_pb2.ToolResult]]] = {}
+
+    async def CallTools(
+        self, requests: AsyncIterator[dispatcher_pb2.CallToolsRequest], context: Any
+    ) -> AsyncIterator[dispatcher_pb2.CallToolsResponse]:
+        replies: Replies[dispatcher_pb2.ToolResult] = Replies("calls", OUTSTANDING_MAX)
+
+        def receive(request: dispatcher_pb2.CallToolsRequest) -> None:
+            replies.expect(len(request.calls))
+            for call in request.calls:
+                self._take(call, replies)
+
+        yield dispatcher_pb2.CallToolsResponse()
+        async for response in serve_batches(
+            requests, replies, receive=receive, frame=lambda items: dispatcher_pb2.CallToolsResponse(results=items)
+        ):
+            yield response
+
+    async def CancelCalls(
+        self, request: dispatcher_pb2.CancelCallsRequest, context: Any
+    ) -> dispatcher_pb2.CancelCallsResponse:
+        outcomes = []
+        for call_id in request.call_ids:
+            found = self._under_way.pop(call_id, None)
+            outcomes.append(
+                dispatcher_pb2.CancelOutcome(call_id=call_id, found=found is not None, acknowledged=found is not None)
+            )
+            if found is not None:
+                timer, call, replies = found
+                timer.cancel()
+                replies.put(_result(call, types_pb2.TOOL_STATUS_CANCELLED, reason="TOOL_CANCELLED"))
+        return dispatcher_pb2.CancelCallsResponse(outcomes=outcomes)
+
+    def _take(self, call: dispatcher_pb2.ToolCall, replies: Replies[dispatcher_pb2.ToolResult]) -> None:
+        former = self._under_way.pop(call.call_id, None)
+        if former is not None:
+            # It came again, over a new stream: it goes on once, and its answer goes there.
+            former[0].cancel()
+        timer = self._loop.call_later(self._seconds * self._rng.random(), self._finish, call, replies)
+        self._under_way[call.call_id] = (timer, call, replies)
+
+    def _finish(self, call: dispatcher_pb2.ToolCall, replies: Replies[dispatcher_pb2.ToolResult]) -> None:
+        del self._under_way[call.call_id]
+        self._checker.tool_reached(call)
+        if self._rng.random() < 0.1:
+            replies.put(_result(call, types_pb2.TOOL_STATUS_ERROR, reason="TOOL_FAILED"))
+        else:
+            replies.put(_result(call, types_pb2.TOOL_STATUS_OK))
+
+
+def _result(
+    call: dispatcher_pb2.ToolCall, status: types_pb2.ToolStatus.ValueType, *, reason: str = ""
+) -> dispatcher_pb2.ToolResult:
+    result = dispatcher_pb2.ToolResult(item_id=call.item_id, call_id=call.call_id, status=status, attempts=1)
+    if reason:
+        result.error.reason, result.error.code = reason, "ABORTED"
+    else:
+        result.result = b"1"
+    return result
+
+
+class Bus:
+    """Redis: what is published reaches who listens at that moment, in order; while it is down, nobody."""
+
+    def __init__(self, loop: SimLoop, rng: Random, checker: Checker) -> None:
+        self.is_down = False
+        self.loss_share = 0.0
+        self._loop = loop
+        self._rng = rng
+        self._checker = checker
+        self.listeners: dict[Wire, asyncio.Queue[bytes]] = {}
+
+    def publish(self, messages: Sequence[bytes]) -> None:
+        """Hands messages to all who listen."""
+        if self.is_down:
+            raise ConnectionError("the bus is down")
+        for message in messages:
+            publication = hearing.unpack(message)
+            if publication is not None and publication.kind == hearing.FRAME:
+                self._checker.published(state_pb2.FollowResponse.FromString(publication.body).deliveries)
+            for wire, queue in self.listeners.items():
+                if self._rng.random() >= self.loss_share:
+                    wire.last_arrival = max(wire.last_arrival + 1e-9, self._loop.now + self._rng.random() * 0.004)
+                    self._loop.call_at(wire.last_arrival, queue.put_nowait, message, context=wire.process.context)
+
+
+class Wire:
+    """What `store.wire.Wire` is to a state process."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.process = PROCESS.get()
+        self.last_arrival = 0.0
+        self._bus = bus
+
+    async def publish(self, messages: Sequence[bytes]) -> None:
+        """Sends messages."""
+        self._bus.publish(messages)
+
+    async def hear(self) -> AsyncIterator[bytes]:
+        """All messages from now on."""
+        if self._bus.is_down:
+            raise ConnectionError("the bus is down")
+        queue: asyncio.Queue[bytes] = asyncio.Queue()
+        self._bus.listeners[self] = queue
+        try:
+            yield b""
+            while message := await queue.get():
+                yield message
+            raise ConnectionError("the bus went down")
+        finally:
+            self._bus.listeners.pop(self, None)
+
+    async def close(self) -> None:
+        """Nothing is held."""
