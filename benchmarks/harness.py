@@ -69,11 +69,15 @@ def under_test(used: Mapping[str, float]) -> float:
     return sum(seconds for name, seconds in used.items() if name != "load generator")
 
 
-def memory(pids: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
-    """MiB of each name's processes with their children: `rss`, and `pss` (shared pages divided among their users)."""
+def memory(pids: Mapping[str, Sequence[int]], *, alone: Sequence[str] = ()) -> dict[str, dict[str, float]]:
+    """MiB of each name's processes with their children: `rss`, and `pss` (shared pages divided among their users).
+
+    `alone`: the names whose children are other names'.
+    """
     used: dict[str, dict[str, float]] = {}
     for name, numbers in pids.items():
-        sizes = [member.memory_full_info() for pid in numbers for member in _family(pid)]
+        family = [member for pid in numbers for member in (_family(pid)[:1] if name in alone else _family(pid))]
+        sizes = [member.memory_full_info() for member in family]
         used[name] = {
             "rss": sum(size.rss for size in sizes) / 2**20,
             "pss": sum(getattr(size, "pss", size.uss) for size in sizes) / 2**20,
@@ -158,7 +162,10 @@ class Report:
             for mine, other, one, two in zip(ours, theirs, flags, flags[len(ours) :], strict=False)
             if one and two and other.figures[figure] > 0
         ]
-        self.ratios[name] = {key: round(value, 4) for key, value in spread(pairs).items()} | {"pairs": len(pairs)}
+        if pairs:
+            self.ratios[name] = {key: round(value, 4) for key, value in spread(pairs).items()} | {"pairs": len(pairs)}
+        else:
+            self.notes.append(f"{name}: the machine was too uneven, no pair of slices counts")
 
     def to_json(self) -> dict[str, Any]:
         """One flat JSON object. Any: JSON."""
