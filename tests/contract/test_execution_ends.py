@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from test_framework.agents import call, echo_agent, scripted_agent, step
 from test_framework.grpc_testing import error_of
 from test_framework.identities import Identities, unique
 from test_framework.servers import Database
+from test_framework.waiting import wait_until
 from tests.contract.execution_platform import Caller, names, platform, terminal
 
 pytestmark = pytest.mark.contract
@@ -200,14 +202,16 @@ async def test_calls_of_a_step_are_made_at_once_and_each_outcome_is_told_when_it
 
 
 @asynccontextmanager
-async def refused_by_the_database(database: Database, condition: str) -> AsyncIterator[None]:
-    """While the block runs the database refuses events (and runs) that do not meet the condition."""
+async def refused_by_the_database(
+    database: Database, condition: str, *, table: str = "state.runs"
+) -> AsyncIterator[None]:
+    """While the block runs the database refuses rows that do not meet the condition."""
     connection = await asyncpg.connect(database.owner_url)
     try:
-        await connection.execute(f"ALTER TABLE state.runs ADD CONSTRAINT probe CHECK ({condition}) NOT VALID")
+        await connection.execute(f"ALTER TABLE {table} ADD CONSTRAINT probe CHECK ({condition}) NOT VALID")
         yield
     finally:
-        await connection.execute("ALTER TABLE state.runs DROP CONSTRAINT probe")
+        await connection.execute(f"ALTER TABLE {table} DROP CONSTRAINT probe")
         await connection.close()
 
 
@@ -224,3 +228,36 @@ async def test_a_result_that_the_database_refuses_ends_the_run_without_it(
     assert events[-2].tool_completed.error.reason == "EVENT_REFUSED"
     assert all(b"forbidden" not in event.SerializeToString() for event in events[3:])
     assert other.state == COMPLETED
+
+
+@pytest.mark.parametrize("kind", ["agent_thinking", "tool_executing", "tool_completed", "agent_completed"])
+async def test_an_event_that_the_database_refuses_ends_its_run_alone(
+    ann: Caller, contract_databases: Mapping[str, Database], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    condition = f"type <> '{kind}' OR position('forbidden'::bytea IN event) = 0"
+    async with (
+        refused_by_the_database(contract_databases["State"], condition, table="state.events"),
+        asyncio.TaskGroup() as tasks,
+    ):
+        refused = [tasks.create_task(ann.run("echo", "forbidden")) for _ in range(8)]
+        taken = [tasks.create_task(ann.run("echo", "allowed")) for _ in range(8)]
+    assert {task.result().error.reason for task in refused} == {"EVENT_REFUSED"}
+    for task in refused:
+        events = await ann.log(task.result().run_id)
+        intended = [event.tool_executing.call_id for event in events if event.HasField("tool_executing")]
+        closed = [event.tool_completed.call_id for event in events if event.HasField("tool_completed")]
+        assert set(intended) <= set(closed) or kind == "tool_completed"
+    assert {task.result().state for task in taken} == {COMPLETED}
+    assert "run_faulted" not in caplog.text
+
+
+async def test_a_run_whose_end_is_refused_again_and_again_ends_once_it_can(
+    ann: Caller, contract_databases: Mapping[str, Database], caplog: pytest.LogCaptureFixture
+) -> None:
+    await ann.register(scripted_agent("cursed", DONE))
+    condition = "type NOT IN ('agent_completed', 'agent_failed') OR position('cursed'::bytea IN event) = 0"
+    async with refused_by_the_database(contract_databases["State"], condition, table="state.events"):
+        started = await ann.start("cursed")
+        await wait_until(lambda: "run_set_aside" in caplog.text)
+    run = await ann.end_of(started.run_id)
+    assert (run.state, run.error.reason, run.epoch) == (FAILED, "EVENT_REFUSED", 1)

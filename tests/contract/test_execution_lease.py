@@ -29,6 +29,8 @@ class Beats(rpc.StateServiceServicer):
 
     def __init__(self) -> None:
         self.answers = True
+        self.breaks = False
+        self.lease_ms = 2_500
         self.heard: list[pb.HeartbeatRequest] = []
         self.inputs: list[pb.RunInput] = []
 
@@ -37,9 +39,11 @@ class Beats(rpc.StateServiceServicer):
     ) -> AsyncIterator[pb.HeartbeatResponse]:
         async for request in request_iterator:
             self.heard.append(request)
+            if self.breaks:
+                return
             if self.answers:
                 response = pb.HeartbeatResponse(beat=request.beat, inputs=self.inputs)
-                response.lease.FromMilliseconds(2_500)
+                response.lease.FromMilliseconds(self.lease_ms)
                 yield response
 
 
@@ -89,6 +93,20 @@ async def test_a_lease_without_answers_is_lost_before_state_gives_it_away() -> N
         async with asyncio.timeout(10):
             await lease.wait_held()
         assert lease.lapses == lapses + 1
+
+
+async def test_a_lease_is_lost_with_its_stream_for_state_gives_it_away_sooner() -> None:
+    process = answering()
+    process.lease_ms = 60_000
+    async with beating(process) as (lease, _):
+        await lease.wait_held()
+        lapses = lease.lapses
+        process.breaks = True
+        await wait_until(lambda: not lease.is_held, 10)
+        process.breaks = False
+        async with asyncio.timeout(10):
+            await lease.wait_held()
+        assert lease.lapses == lapses + 1, "somebody else may have had its runs"
 
 
 async def test_beats_go_to_another_instance_when_one_falls_silent() -> None:

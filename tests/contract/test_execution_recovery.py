@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import grpc
 import orjson
 import pytest
@@ -242,3 +243,32 @@ async def test_an_executor_at_its_bound_refuses_with_a_time_to_come_back(
         await ann.end_of(run_id)
         await wait_until(lambda: execution.runs.room == 1)
         await ann.end_of(await start_on(execution, ann, agent="brief"))
+
+
+async def test_a_lapse_of_the_lease_while_a_run_is_created_lets_its_first_effect_ask_whose_it_is(
+    ann: Caller,
+    settings: ExecutionSettings,
+    contract_databases: Mapping[str, Database],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    async with doomed(settings) as execution, asyncio.TaskGroup() as tasks:
+        asked = caplog.text.count("StateService/GetRun")
+        await tasks.create_task(start_on(execution, ann, agent="echo"))
+        assert caplog.text.count("StateService/GetRun") == asked
+        connection = await asyncpg.connect(contract_databases["State"].owner_url)
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE state.runs IN EXCLUSIVE MODE")
+            starting = tasks.create_task(start_on(execution, ann, agent="echo"))
+            await wait_until(partial(is_waited_for, connection))
+            execution.around.lease.lapses += 1
+        await connection.close()
+        run_id = await starting
+        await wait_until(lambda: caplog.text.count("StateService/GetRun") > asked)
+        assert (await ann.end_of(run_id)).state == types_pb2.RUN_STATE_COMPLETED
+
+
+async def is_waited_for(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
+    """Whether a statement waits for a lock that somebody holds."""
+    waiting: int = await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    return waiting > 0

@@ -13,7 +13,6 @@ from mainspring_kit.errors import MainspringError, Reason
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.progress import Progress
 from mainspring_execution.core.record import error_value
-from mainspring_execution.core.schema import first_fault
 
 TAKEOVERS_WITHOUT_EVENT_MAX: Final = 3
 
@@ -90,7 +89,7 @@ def check_result(plan: AgentPlan, result: bytes, *, steps_max: int) -> Mainsprin
     """RESULT_INVALID when the result does not match the agent's output_schema; TooCostlyError after so many steps."""
     if plan.output_schema is None:
         return None
-    fault = first_fault(plan.output_schema, orjson.loads(result), steps_max=steps_max)
+    fault = plan.output_schema.first_fault(orjson.loads(result), steps_max=steps_max)
     if fault is None:
         return None
     return MainspringError(

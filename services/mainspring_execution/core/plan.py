@@ -11,6 +11,8 @@ import orjson
 from mainspring.v1 import types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 
+from mainspring_execution.core.schema import Schema
+
 TIMEOUT_SECONDS_DEFAULT: Final = 300.0
 TIMEOUT_SECONDS_MAX: Final = 86_400.0
 STEPS_DEFAULT: Final = 25
@@ -32,7 +34,7 @@ class AgentPlan:
     model: Mapping[str, Any]
     instructions: str
     tools: frozenset[str]
-    output_schema: Mapping[str, Any] | None
+    output_schema: Schema | None
     timeout_seconds: float
     steps_max: int
 
@@ -73,10 +75,10 @@ def spec_invalid(field: str, fault: str) -> MainspringError:
     )
 
 
-def _read_schema(schema: object) -> Mapping[str, Any] | None:
+def _read_schema(schema: object) -> Schema | None:
     """The registry has checked it, which for a large one takes a second: too long to be done again here."""
     if schema is None or schema == {} or schema is True:
         return None
     if not isinstance(schema, Mapping):
         raise spec_invalid("output_schema", "it is not an object")
-    return schema
+    return Schema(schema)

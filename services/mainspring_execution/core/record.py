@@ -94,7 +94,7 @@ def measure_stages(marks: Mapping[str, float], *, end: float, carried_seconds: f
 
 def to_ms(seconds: float) -> float:
     """Seconds as milliseconds, rounded up to the microsecond; at least one of those."""
-    return max(STAGE_MS_MIN, math.ceil(round(seconds * 1e6, 3)) / 1e3)
+    return max(STAGE_MS_MIN, math.ceil(seconds * 1e6 - 0.0005) / 1e3)
 
 
 def make_outcome(

@@ -56,18 +56,25 @@ class _Check:
 _check: Final[ContextVar[_Check]] = ContextVar("mainspring_schema_check")
 
 
-def first_fault(schema: Mapping[str, Any], value: Any, *, steps_max: int) -> Fault | None:
-    """What is wrong with a JSON value (Any) by a schema that the registry took; None: nothing. TooCostlyError."""
-    token = _check.set(_Check(steps_max))
-    try:
-        error = next(_Validator(schema).iter_errors(value), None)
-    except RecursionError as fault:
-        raise TooCostlyError from fault
-    except SchemaError as fault:
-        return Fault("$", f"its schema has a pattern that is not taken: {str(fault).splitlines()[-1].strip()}")
-    finally:
-        _check.reset(token)
-    return None if error is None else Fault(error.json_path, error.message)
+class Schema:
+    """A schema that the registry took, ready for many checks; they may go on in several threads."""
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        """`schema`: JSON values (Any)."""
+        self._validator = _Validator(schema)
+
+    def first_fault(self, value: Any, *, steps_max: int) -> Fault | None:
+        """What is wrong with a JSON value (Any); None: nothing. TooCostlyError."""
+        token = _check.set(_Check(steps_max))
+        try:
+            error = next(self._validator.iter_errors(value), None)
+        except RecursionError as fault:
+            raise TooCostlyError from fault
+        except SchemaError as fault:
+            return Fault("$", f"its schema has a pattern that is not taken: {str(fault).splitlines()[-1].strip()}")
+        finally:
+            _check.reset(token)
+        return None if error is None else Fault(error.json_path, error.message)
 
 
 def _size(value: Any) -> int:

@@ -73,10 +73,12 @@ class Calls:
             self.under_way[call.call_id] = self._dispatcher.calls.post(asked)
 
     def take_outcomes(self) -> None:
-        """Records the outcomes that have come."""
+        """Records the outcomes that have come, but none of a call whose intent the database has refused."""
         duration_ms = to_ms(time.perf_counter() - self._post_time)
         for call_id in [call_id for call_id, future in self.under_way.items() if future.done()]:
-            self._record(call_id, self.under_way.pop(call_id).result(), duration_ms=duration_ms)
+            result = self.under_way.pop(call_id).result()
+            if call_id in self._journal.progress.intents:
+                self._record(call_id, result, duration_ms=duration_ms)
 
     def forget(self) -> None:
         """Waits for no answer any more; what is under way goes on, for whoever drives the run next."""

@@ -25,7 +25,7 @@ from mainspring_execution.core.decision import (
 )
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.progress import fold
-from mainspring_execution.core.record import CORE_EXECUTION, Envelope, error_value
+from mainspring_execution.core.record import CORE_EXECUTION, error_value
 from mainspring_execution.core.thought import Thought, Turn, record_thought
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
@@ -41,6 +41,7 @@ MODEL_RETRY_SECONDS: Final = 0.1
 REACH_SECONDS: Final = 0.25
 MENDS_MAX: Final = 3
 FAULTS_MAX: Final = 3
+REST_SECONDS: Final = 3.0
 HISTORY_RUNS_MAX: Final = 100
 # Model steps that may follow each other without a wait; then all others have their turn.
 STEPS_AT_ONCE: Final = 4
@@ -62,7 +63,10 @@ class Surroundings:
 
 
 class Drive:
-    """Drives one run whose agent_started is in the journal, or begins it. Interrupts come through `attention`."""
+    """Drives one run whose agent_started is in the journal, or begins it. Interrupts come through `attention`.
+
+    `lapses`: of the lease, when it was last known that the run is this process's.
+    """
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class Drive:
         self._ending = ending
         self._calls = calls
         self._history: Sequence[types_pb2.Run] | None = None
-        self._lapses = surroundings.lease.lapses
+        self.lapses = surroundings.lease.lapses
         self._mends = 0
 
     @property
@@ -137,11 +141,16 @@ class Drive:
             self._calls.forget()
 
     async def _drive(self) -> None:
-        """Advances to the end; what goes wrong in between ends the run, and if that goes wrong too, gives it up."""
+        """Advances to the end. What goes wrong in between ends the run; if that goes wrong too, it is tried again."""
         await self._wait_durable()
         failure: types_pb2.RunError | None = None
-        for _ in range(FAULTS_MAX):
+        faults = 0
+        while True:
             try:
+                if faults >= FAULTS_MAX:
+                    faults = 0
+                    if not await self._start_over():
+                        return
                 if failure is not None and not self._journal.progress.ended:
                     await self._ending.failed(failure)
                 while await self._advance():
@@ -152,8 +161,7 @@ class Drive:
             except Exception as fault:  # a fault of ours in one run must not end the others
                 telemetry.logger().error("run_faulted", run_id=self._run.run_id, exc_info=fault)
                 failure = error_value(internal_fault(self._run.run_id))
-        telemetry.logger().error("run_given_up", run_id=self._run.run_id, faults=FAULTS_MAX)
-        self.attention.abandon()
+            faults += 1
 
     async def _advance(self) -> bool:
         """Does one thing; False when there is nothing more to do here."""
@@ -298,7 +306,7 @@ class Drive:
             if self.attention.is_interrupted:
                 return False
             await self.attention.listen(lease.wait_held())
-        if lease.lapses != self._lapses:
+        if lease.lapses != self.lapses:
             lapses = lease.lapses
             run = await self._reach(self._get_run)
             if run is None:
@@ -306,29 +314,43 @@ class Drive:
             if run.epoch != self._journal.epoch:
                 self.attention.abandon()
                 return False
-            self._lapses = lapses
+            self.lapses = lapses
         return True
 
     async def _mend(self) -> bool:
         """After a refused append: goes on from what is durable, if the run is still this process's."""
         trouble = self._journal.trouble
         assert trouble is not None, "an alarm without a refused append"
-        self.attention.is_troubled = False
+        self._mends += 1
+        telemetry.logger().warning(
+            "append_refused", run_id=self._run.run_id, reason=trouble.reason_name, mends=self._mends
+        )
+        if not await self._restore():
+            return False
+        if self._mends > MENDS_MAX:
+            raise trouble
+        if trouble.reason_name in VALUE_REFUSALS:
+            await self._ending.refused(trouble, attempt=self._mends)
+        return True
+
+    async def _start_over(self) -> bool:
+        """After a rest goes on from what is durable: while this process lives nobody else would take the run up."""
+        telemetry.logger().error("run_set_aside", run_id=self._run.run_id, seconds=REST_SECONDS)
+        await asyncio.sleep(REST_SECONDS * random.uniform(0.5, 1.0))
+        self._mends = 0
+        return await self._restore()
+
+    async def _restore(self) -> bool:
+        """Takes what is durable for what has happened; False: the run is no longer this process's."""
         await self._journal.wait_answered()
         run = await self._reach(self._get_run, only_abandoned=True)
         log = await self._reach(self._read_log, only_abandoned=True) if run is not None else None
-        self._mends += 1
-        if run is None or log is None or run.epoch != self._journal.epoch or self._mends > MENDS_MAX:
-            telemetry.logger().warning(
-                "run_given_up", run_id=self._run.run_id, reason=trouble.reason_name, mends=self._mends
-            )
+        if run is None or log is None or run.epoch != self._journal.epoch:
             self.attention.abandon()
             return False
-        telemetry.logger().warning("append_refused", run_id=self._run.run_id, reason=trouble.reason_name)
         self._journal.restore(fold(log))
-        self.attention.is_ending = False
-        if trouble.reason_name in VALUE_REFUSALS:
-            await self._ending.refused(trouble, attempt=self._mends)
+        # Only now: each append behind the refused one has alarmed as well.
+        self.attention.is_troubled = self.attention.is_ending = False
         return True
 
     async def _get_run(self) -> types_pb2.Run:
@@ -359,39 +381,3 @@ class Drive:
             if self.attention.is_abandoned or (self.attention.is_interrupted and not only_abandoned):
                 return None
             await asyncio.sleep(REACH_SECONDS * random.uniform(0.5, 1.0))
-
-
-def make_drive(
-    surroundings: Surroundings,
-    context: UserExecutionContext,
-    *,
-    agent: PreparedAgent | MainspringError,
-    run: types_pb2.Run,
-    state_id: str,
-    arrived: float,
-) -> Drive:
-    """A drive with its parts. `agent`: an error is what the run fails with.
-
-    `arrived`: when the start or the claim came, on the clock of perf_counter.
-    """
-    attention = Attention()
-    journal = Journal(
-        surroundings.state.appends,
-        Envelope(run.run_id, context.session_id, run.agent, context.trace_id, run.parent_run_id, run.root_run_id),
-        tenant_id=context.tenant_id,
-        epoch=run.epoch,
-        state_id=state_id,
-        attention=attention,
-    )
-    calls = Calls(journal, context, dispatcher=surroundings.dispatcher, catalog=surroundings.catalog)
-    ending = Ending(journal, calls, attention=attention, arrived=arrived)
-    return Drive(
-        surroundings,
-        context,
-        agent=agent,
-        run=run,
-        attention=attention,
-        journal=journal,
-        calls=calls,
-        ending=ending,
-    )

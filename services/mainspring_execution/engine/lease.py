@@ -100,6 +100,8 @@ class Lease:
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
         finally:
+            # State loses patience sooner with an executor whose stream broke: nothing is held until it answers again.
+            self._acknowledged_time = float("-inf")
             call.cancel()
 
     async def _pause(self) -> None:

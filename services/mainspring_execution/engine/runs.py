@@ -19,8 +19,12 @@ from mainspring_kit.interceptors import validate
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.record import Envelope
 from mainspring_execution.core.start import check_run_id, make_create, read_input
-from mainspring_execution.engine.drive import Drive, Surroundings, make_drive
-from mainspring_execution.engine.ending import internal_fault
+from mainspring_execution.engine.attention import Attention
+from mainspring_execution.engine.calls import Calls
+from mainspring_execution.engine.catalog import PreparedAgent
+from mainspring_execution.engine.drive import Drive, Surroundings
+from mainspring_execution.engine.ending import Ending, internal_fault
+from mainspring_execution.engine.journal import Journal
 from mainspring_execution.peers import UNREACHED
 
 RETRY_SECONDS: Final = 0.25
@@ -171,6 +175,7 @@ class Runs:
             executor_id=self._around.lease.executor_id,
         )
         state_id = self._around.state.appends.pick_instance(item.state_id) or item.state_id
+        lapses = self._around.lease.lapses
         answer = await self._post(append, state_id)
         result = execution_pb2.StartResult(
             item_id=item.item_id,
@@ -185,6 +190,8 @@ class Runs:
             return result, None
         run.ordinal = answer.ordinal
         drive = make_drive(self._around, context, agent=agent, run=run, state_id=state_id, arrived=arrived)
+        # The lease may have lapsed while the create was under way: then the first effect has to ask whose the run is.
+        drive.lapses = lapses
         drive.resume(append.events)
         return result, drive
 
@@ -210,6 +217,42 @@ class Runs:
             # Somebody else's run: whose is not told.
             raise refusal from error
         return execution_pb2.StartResult(item_id=item_id, run_id=run.run_id, state=run.state)
+
+
+def make_drive(
+    surroundings: Surroundings,
+    context: UserExecutionContext,
+    *,
+    agent: PreparedAgent | MainspringError,
+    run: types_pb2.Run,
+    state_id: str,
+    arrived: float,
+) -> Drive:
+    """A drive with its parts. `agent`: an error is what the run fails with.
+
+    `arrived`: when the start or the claim came, on the clock of perf_counter.
+    """
+    attention = Attention()
+    journal = Journal(
+        surroundings.state.appends,
+        Envelope(run.run_id, context.session_id, run.agent, context.trace_id, run.parent_run_id, run.root_run_id),
+        tenant_id=context.tenant_id,
+        epoch=run.epoch,
+        state_id=state_id,
+        attention=attention,
+    )
+    calls = Calls(journal, context, dispatcher=surroundings.dispatcher, catalog=surroundings.catalog)
+    ending = Ending(journal, calls, attention=attention, arrived=arrived)
+    return Drive(
+        surroundings,
+        context,
+        agent=agent,
+        run=run,
+        attention=attention,
+        journal=journal,
+        calls=calls,
+        ending=ending,
+    )
 
 
 def _no_lease() -> MainspringError:
