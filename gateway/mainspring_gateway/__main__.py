@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import socket
 import sys
@@ -78,7 +77,7 @@ async def _serving(gateway: Gateway, listener: socket.socket) -> AsyncIterator[N
     )
     listening = await asyncio.get_running_loop().create_server(visitor, sock=listener, backlog=_BACKLOG)
     telemetry.logger().info("server_started", address=gateway.settings.listen, port=listener.getsockname()[1])
-    gc.freeze()
+    server.settle_heap()
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -50,7 +51,7 @@ def authenticate(verifier: TokenVerifier, headers: Mapping[str, str]) -> Princip
 
 def authorize(principal: Principal, method: MethodDescriptor) -> None:
     """Checks the role that the contract asks of the method; ROLE_REQUIRED."""
-    role = method.GetOptions().Extensions[identity_pb2.role]
+    role = _role(method)
     if not principal.covers(role):
         name = identity_pb2.Role.Name(role).removeprefix("ROLE_").lower()
         raise MainspringError(
@@ -59,6 +60,11 @@ def authorize(principal: Principal, method: MethodDescriptor) -> None:
             method=method.full_name,
             role=name,
         )
+
+
+@cache
+def _role(method: MethodDescriptor) -> identity_pb2.Role.ValueType:
+    return method.GetOptions().Extensions[identity_pb2.role]
 
 
 def context_of(

@@ -355,14 +355,14 @@ class BatchPool(Generic[Sent, Answer]):
 
     def _choose(self, instance_id: str = "", after_id: int = 0) -> _Link[Sent, Answer] | None:
         links = list(self._links.values())
+        if len(links) == 1:
+            return links[0]
         for link in links:
             if after_id in link.waiting:
                 return link
-        for link in links:
-            if instance_id and link.instance_id == instance_id:
-                return link
-        live = [link for link in links if link.is_live] or links
-        return min(live, key=lambda link: len(link.waiting), default=None)
+        named = [link for link in links if instance_id and link.instance_id == instance_id]
+        fit = named or [link for link in links if link.is_live] or links
+        return min(fit, key=lambda link: len(link.waiting), default=None)
 
     def _move(self, link: _Link[Sent, Answer]) -> None:
         """Hands what a broken stream left unanswered, in order, to a live instance, if there is one."""

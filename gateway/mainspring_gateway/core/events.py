@@ -73,7 +73,7 @@ def sse_block(event: EncodedEvent) -> bytes:
 
 def time_text(time: Timestamp) -> str:
     """A time as RFC 3339 with milliseconds, in UTC."""
-    return f"{_second_text(time.seconds)}.{time.nanos // 1_000_000:03d}Z"
+    return _time_text(time.seconds, time.nanos // 1_000_000)
 
 
 def leaf(value: bytes) -> orjson.Fragment | None:
@@ -105,8 +105,9 @@ def _unshowable(event: pb.RunEvent, why: str) -> MainspringError:
 
 
 @lru_cache(maxsize=256)
-def _second_text(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+def _time_text(seconds: int, milliseconds: int) -> str:
+    """Cached, because all events of one commit have one time."""
+    return f"{datetime.fromtimestamp(seconds, UTC).strftime('%Y-%m-%dT%H:%M:%S')}.{milliseconds:03d}Z"
 
 
 def _started(event: pb.RunEvent) -> Data:

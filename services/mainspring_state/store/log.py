@@ -186,7 +186,7 @@ def _group(entry: Entry) -> int:
 
 
 def _datetime(moment: Timestamp) -> datetime:
-    return moment.ToDatetime(UTC)
+    return datetime.fromtimestamp(moment.seconds, UTC).replace(microsecond=moment.nanos // 1_000)
 
 
 def _ordinal_field(ordinal: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from mainspring_execution.core.schema import TooCostlyError, first_fault
+from mainspring_execution.core.schema import Schema, TooCostlyError
 
 pytestmark = pytest.mark.unit
 
@@ -35,7 +35,7 @@ DOUBLING: dict[str, Any] = {
 )
 def test_a_check_ends_when_its_steps_are_used_up(schema: dict[str, Any], value: Any) -> None:
     with pytest.raises(TooCostlyError):
-        first_fault(schema, value, steps_max=STEPS)
+        Schema(schema).first_fault(value, steps_max=STEPS)
 
 
 def test_a_value_that_nests_too_deep_is_not_checked() -> None:
@@ -43,17 +43,17 @@ def test_a_value_that_nests_too_deep_is_not_checked() -> None:
     for _ in range(1_000):
         value = [value]
     with pytest.raises(TooCostlyError):
-        first_fault({"items": {"$ref": "#"}}, value, steps_max=1_000_000)
+        Schema({"items": {"$ref": "#"}}).first_fault(value, steps_max=1_000_000)
 
 
 def test_no_pattern_takes_exponential_time() -> None:
     schema = {"pattern": "^(a+)+$"}
-    assert first_fault(schema, "a" * 10_000, steps_max=STEPS) is None
-    assert first_fault(schema, "a" * 10_000 + "!", steps_max=STEPS) is not None
+    assert Schema(schema).first_fault("a" * 10_000, steps_max=STEPS) is None
+    assert Schema(schema).first_fault("a" * 10_000 + "!", steps_max=STEPS) is not None
 
 
 def test_a_pattern_that_cannot_be_matched_in_linear_time_is_a_fault() -> None:
-    fault = first_fault({"pattern": r"(a)\1"}, "aa", steps_max=STEPS)
+    fault = Schema({"pattern": r"(a)\1"}).first_fault("aa", steps_max=STEPS)
     assert fault is not None
     assert "backreferences" in fault.message
 
@@ -76,6 +76,6 @@ def test_a_pattern_that_cannot_be_matched_in_linear_time_is_a_fault() -> None:
     ],
 )
 def test_keywords_mean_what_json_schema_says(schema: dict[str, Any], right: Any, wrong: Any) -> None:
-    assert first_fault(schema, right, steps_max=10_000) is None
+    assert Schema(schema).first_fault(right, steps_max=10_000) is None
     if wrong is not None:
-        assert first_fault(schema, wrong, steps_max=10_000) is not None
+        assert Schema(schema).first_fault(wrong, steps_max=10_000) is not None
