@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+import signal
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +75,15 @@ class Stack:
     async def restart(self, name: str, *, index: int = 0) -> None:
         """Stops a process as an operator would, starts it again and waits until it serves."""
         await self._trouble(self._running.restart(name, index=index))
+
+    @asynccontextmanager
+    async def frozen(self, name: str, *, index: int = 0) -> AsyncIterator[None]:
+        """A process that is stopped with SIGSTOP while the block runs: it holds all it has, and does nothing."""
+        await self._trouble(self._running.kill(name, index=index, signal=signal.SIGSTOP))
+        try:
+            yield
+        finally:
+            await self._trouble(self._running.kill(name, index=index, signal=signal.SIGCONT))
 
     async def wait_ready(self) -> None:
         """Returns when every process serves."""

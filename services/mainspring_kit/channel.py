@@ -18,8 +18,11 @@ METADATA_BYTES_MAX: Final = 16 << 10
 CALL_SECONDS_DEFAULT: Final = 5.0
 
 _KEEPALIVE: Final[list[tuple[str, int]]] = [
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # A process that stands still breaks no connection: only a ping finds it out, and runs wait for that. gRPC's core
+    # heeds the second of the two timeouts, a minute if not set.
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.http2.ping_timeout_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
