@@ -279,10 +279,10 @@ def parser(workload: str, description: str) -> argparse.ArgumentParser:
         epilog=f"example: python -m benchmarks.{workload} --json --seconds 10",
     )
     options.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    options.add_argument("--seconds", type=float, default=5.0, help="length of each measured slice (default 5)")
     options.add_argument(
-        "--repeat", type=int, default=REPEAT_DEFAULT, help=f"slices of each kind (default {REPEAT_DEFAULT})"
+        "--seconds", type=float, default=5.0, help="length of each measured slice (default %(default)s)"
     )
+    options.add_argument("--repeat", type=int, default=REPEAT_DEFAULT, help="slices of each kind (default %(default)s)")
     options.add_argument("--peers", action="store_true", help="also measure peers, where a workload has them")
-    options.add_argument("--seed", type=int, default=1, help="seed of what is random (default 1)")
+    options.add_argument("--seed", type=int, default=1, help="seed of what is random (default %(default)s)")
     return options
