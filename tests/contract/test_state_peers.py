@@ -17,6 +17,8 @@ from mainspring_kit.identity import UserExecutionContext
 from mainspring_state.__main__ import wired
 from mainspring_state.config import StateSettings
 from mainspring_state.core import hearing
+from mainspring_state.core.append import check
+from mainspring_state.store.log import Batch, LogWriter
 from mainspring_state.store.wire import CHANNEL
 
 from test_framework.grpc_testing import free_address
@@ -129,6 +131,27 @@ async def test_a_watcher_elsewhere_sees_what_is_appended_here(
         await watcher.until_seq(31)
         assert watcher.seqs() == list(range(1, 32))
         watcher.close()
+
+
+async def test_a_watcher_elsewhere_sees_what_was_committed_when_the_answer_got_lost(
+    other_stub: Any,
+    identities: Identities,
+    executor: Executor,
+    user: UserExecutionContext,
+    contract_environment: dict[str, Any],
+) -> None:
+    run_id = await executor.start(user)
+    watcher = Watcher(other_stub, identities.metadata(user.tenant_id, user.user_id))
+    await watcher.subscribe(run_id)
+    await watcher.until_caught_up()
+    last = executor.append(user, run_id, completed(), after=1)
+    # As if the connection had broken behind the commit: the process sends the append again, and it is a repeat.
+    writer = await LogWriter.open(contract_environment["database_url"])
+    await writer.commit(Batch([check(last)]))
+    writer.close()
+    assert reason_of((await executor.send_one(last)).status) == ""
+    await watcher.until_seq(2)
+    watcher.close()
 
 
 @pytest.mark.parametrize(

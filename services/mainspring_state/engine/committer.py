@@ -183,12 +183,14 @@ class Committer:
         append, key = entry.append, entry.run_key
         creator = self._creator(entry)
         if not outcome.is_new:
-            if outcome.reason == "repeated":
-                # Its events were stamped anew: only the log knows what was committed the first time.
-                self._hub.mark_lagging(key)
-                if creator is not None:
-                    creator.catch_up(key, append.create.user_id)
-            return None
+            if outcome.reason != "repeated":
+                return None
+            # Its events were stamped anew: only the log knows what was committed the first time. If the answer got lost
+            # then, nobody has been told.
+            self._hub.mark_lagging(key)
+            if creator is not None:
+                creator.catch_up(key, append.create.user_id)
+            return state_pb2.Delivery(run_id=append.run_id, tenant_id=append.tenant_id)
         if creator is not None:
             creator.join(key, outcome.user_id)
         if not outcome.events:

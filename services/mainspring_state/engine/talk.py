@@ -161,9 +161,11 @@ class Talk:
             self._missed.set()
         if publication.kind == hearing.FRAME:
             for delivery in state_pb2.FollowResponse.FromString(publication.body).deliveries:
-                if not delivery.events:
-                    continue
-                self._hub.take_in((delivery.tenant_id, delivery.run_id), delivery.user_id, events=delivery.events)
+                key = (delivery.tenant_id, delivery.run_id)
+                if delivery.events:
+                    self._hub.take_in(key, delivery.user_id, events=delivery.events)
+                else:
+                    self._hub.mark_lagging(key)
         elif self.listener is not None and publication.kind == hearing.INPUT:
             executor_id, run_input = hearing.unpack_input(publication.body)
             self.listener.hear_input(executor_id, state_pb2.RunInput.FromString(run_input))
