@@ -22,11 +22,11 @@ BILL ?=
 # Arguments for `make dev`: modules with tools, options.
 ARGS ?=
 
-.PHONY: help setup run dev test test-long check fmt proto docs baseline bench lock clean
+.PHONY: help setup run dev test test-long check fmt proto docs baseline bench bench-peers lock clean
 .PHONY: check-style check-types check-contracts check-generated check-manifests check-tidy
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(READY) ## Make .venv from the lock file; instant when it is up to date
 
@@ -114,6 +114,9 @@ baseline: $(READY) ## Record the contracts as released: what `buf breaking` comp
 
 bench: $(READY) ## Measure the throughput of the whole platform
 	@python -m benchmarks.throughput
+
+bench-peers: $(READY) ## Set up what `benchmarks.throughput --peers` measures beside it, under build/peers
+	@python -m benchmarks.peers
 
 # Exact versions and hashes for Python 3.11 to 3.13 on every system, without the address of any index. The first file
 # is what a developer and CI install; the second the part of it that the container image needs, hatchling to build it.

@@ -19,7 +19,8 @@ import orjson
 import uvloop
 from mainspring.dev import Stack, stack
 
-from benchmarks.harness import Report, Slice, Subject, parser, progress
+from benchmarks.harness import Report, parser, progress
+from benchmarks.interleave import CALLERS, measure_beside_peers
 from benchmarks.load import LOOKUP, LOOKUP_EVENTS, LOOKUP_START, Load, connect_users, drive, register
 
 WARM_UP_SECONDS: Final = 2.0
@@ -78,27 +79,24 @@ async def _measure(report: Report, arguments: Namespace) -> None:
             data_dir=Path(folder), replicas=counts, workers=["benchmarks.tools"], log_level="warning"
         ) as running:
             await register(running, LOOKUP.read_bytes())
-            loops = await connect_users(running, max(arguments.sockets), start=LOOKUP_START, events=LOOKUP_EVENTS)
+            most = max([*arguments.sockets, *(CALLERS if arguments.peers else ())])
+            loops = await connect_users(running, most, start=LOOKUP_START, events=LOOKUP_EVENTS)
             await drive(running, loops[:WARM_UP_SOCKETS], WARM_UP_SECONDS)
-            subjects: list[Subject] = [Load(running, loops, report)]
+            load = Load(running, loops, report)
             for callers in arguments.sockets:
-                await _rounds(subjects, callers, arguments.seconds, arguments.repeat, report)
+                await _rounds(load, callers, arguments.seconds, arguments.repeat, report)
+            if arguments.peers:
+                await measure_beside_peers(running, load, report, seconds=arguments.seconds, repeat=arguments.repeat)
             if not arguments.no_heavy:
                 await _measure_heavy(running, arguments.seconds, arguments.repeat, report)
 
 
-async def _rounds(subjects: list[Subject], callers: int, seconds: float, repeat: int, report: Report) -> None:
-    """Measures all subjects in turn, again and again: the first's figures, the others' and the ratios."""
-    slices: dict[str, list[Slice]] = {subject.name: [] for subject in subjects}
+async def _rounds(load: Load, callers: int, seconds: float, repeat: int, report: Report) -> None:
+    slices = []
     for number in range(repeat):
-        for subject in subjects:
-            progress(f"{callers} callers, slice {number + 1} of {repeat}: {subject.name}")
-            slices[subject.name].append(await subject.measure(callers, seconds))
-    ours, *peers = slices
-    report.add(str(callers), slices[ours])
-    for peer in peers:
-        report.add_peer(peer, str(callers), slices[peer])
-        report.compare(f"runs_per_second_{callers}_by_{peer}", slices[ours], slices[peer], "runs_per_second")
+        progress(f"{callers} sockets, slice {number + 1} of {repeat}")
+        slices.append(await load.measure(callers, seconds))
+    report.add(str(callers), slices)
 
 
 async def _measure_heavy(running: Stack, seconds: float, repeat: int, report: Report) -> None:

@@ -1,0 +1,1 @@
+"""DBOS Transact: a library that keeps workflows and steps in PostgreSQL."""
