@@ -113,9 +113,12 @@ class Replies(Generic[Item]):
         self._ended = False
 
     def expect(self, count: int = 1) -> None:
-        """Counts items that will be answered; QUEUE_FULL when the peer has more under way than its credit."""
+        """Counts items that will be answered; QUEUE_FULL when the peer has more under way than its credit.
+
+        Answers that it does not take count too, so that `put`, called by whoever answers, always finds room.
+        """
         self._outstanding += count
-        if self._outstanding > self._outstanding_max:
+        if self._outstanding + len(self.outbox) > self._outstanding_max:
             raise MainspringError(
                 Reason.QUEUE_FULL,
                 f"{self._name} takes {self._outstanding_max} unanswered items on one stream: wait for answers first.",
