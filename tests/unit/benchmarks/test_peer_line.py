@@ -53,12 +53,12 @@ async def test_a_slice_lasts_until_every_caller_has_ended_a_run() -> None:
 
     async def run_in_line() -> object:
         async with turn:
-            await asyncio.sleep(0.01)
+            for _ in range(100):
+                await asyncio.sleep(0)
         return QUESTION
 
     ran = await measure(run_in_line, wanted(5, 0.0), say=lambda message: None)
     assert len(ran["durations"]) >= 5
-    assert ran["seconds"] >= 0.05
 
 
 async def test_a_wrong_answer_is_a_fault_and_no_run() -> None:
