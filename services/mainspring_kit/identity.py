@@ -122,6 +122,10 @@ class Principal:
     is_service: bool
     expire_time: float
 
+    def expired(self) -> MainspringError:
+        """What a call ends with when its token runs out."""
+        return _token_invalid("it has expired")
+
     def covers(self, role: int) -> bool:
         """Whether the principal has at least this `identity_pb2.Role`; only services have ROLE_SERVICE."""
         if self.is_service:
@@ -148,7 +152,7 @@ class TokenVerifier:
                 self._verified.popitem(last=False)
         if principal.expire_time <= time.time():
             self._verified.pop(token, None)
-            raise token_invalid("it has expired")
+            raise principal.expired()
         return principal
 
     def _decode(self, token: str) -> Principal:
@@ -156,7 +160,7 @@ class TokenVerifier:
             issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
             secret = self._secrets.get(issuer) if isinstance(issuer, str) else None
             if secret is None:
-                raise token_invalid("its issuer is not known here")
+                raise _token_invalid("its issuer is not known here")
             claims = jwt.decode(
                 token,
                 secret,
@@ -166,28 +170,27 @@ class TokenVerifier:
                 options={"require": ["iss", "aud", "sub", "tenant", "roles", "iat", "exp", "jti"]},
             )
         except jwt.PyJWTError as error:
-            raise token_invalid(str(error)) from error
+            raise _token_invalid(str(error)) from error
         return _principal(claims, is_service=issuer == SERVICE_ISSUER)
 
 
 def _principal(claims: dict[str, object], *, is_service: bool) -> Principal:
     subject, tenant_id, roles, expires = claims["sub"], claims["tenant"], claims["roles"], claims["exp"]
     if not isinstance(subject, str) or not isinstance(tenant_id, str) or not isinstance(expires, int | float):
-        raise token_invalid("sub, tenant or exp has the wrong type")
+        raise _token_invalid("sub, tenant or exp has the wrong type")
     if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
-        raise token_invalid("roles is not a list of names")
+        raise _token_invalid("roles is not a list of names")
     if is_service:
         if roles != ["service"]:
-            raise token_invalid("a service token has exactly the role service")
+            raise _token_invalid("a service token has exactly the role service")
         return Principal(subject, "", "", ("service",), True, float(expires))
     if not set(roles) & set(ROLE_NAMES) or not set(roles) <= set(ROLE_NAMES):
-        raise token_invalid(f"roles must be some of {', '.join(ROLE_NAMES)}")
+        raise _token_invalid(f"roles must be some of {', '.join(ROLE_NAMES)}")
     UserExecutionContext(tenant_id=tenant_id, user_id=subject)
     return Principal(subject, tenant_id, subject, tuple(roles), False, float(expires))
 
 
-def token_invalid(detail: str) -> MainspringError:
-    """TOKEN_INVALID, with what is wrong with the token."""
+def _token_invalid(detail: str) -> MainspringError:
     return MainspringError(
         Reason.TOKEN_INVALID, f"The bearer token is not valid: {detail}. Get a new token.", detail=detail
     )

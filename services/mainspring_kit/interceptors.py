@@ -18,15 +18,7 @@ from mainspring.v1 import identity_pb2
 
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError, Reason, Violation, to_status
-from mainspring_kit.identity import (
-    CONTEXT_KEY,
-    Caller,
-    TokenVerifier,
-    UserExecutionContext,
-    caller_variable,
-    new_id,
-    token_invalid,
-)
+from mainspring_kit.identity import CONTEXT_KEY, Caller, TokenVerifier, UserExecutionContext, caller_variable, new_id
 from mainspring_kit.streams import call_tasks
 from mainspring_kit.tasks import background
 
@@ -37,7 +29,7 @@ _PEER_GONE: Final = (asyncio.CancelledError, grpc.aio.InternalError, grpc.aio.Us
 
 # grpc.aio's handlers and contexts are generic over messages that only the generated code knows: Any.
 ServicerContext = grpc.aio.ServicerContext[Any, Any]
-_Reader = Callable[[bytes], Any]
+_Read = Callable[[bytes], Any]
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -62,14 +54,16 @@ class Guard(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith(OPEN_SERVICES):
             return handler
-        read, pack = _reader(handler.request_deserializer), handler.response_serializer
+        read, out = _reader(handler.request_deserializer), handler.response_serializer
         if handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(self._streaming(method, handler.stream_stream), read, pack)
+            return grpc.stream_stream_rpc_method_handler(self._streaming(method, handler.stream_stream), read, out)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(self._streaming(method, handler.unary_stream, read), None, pack)
-        return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary, read), None, pack)
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(method, handler.unary_stream, read=read), None, out
+            )
+        return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary, read=read), None, out)
 
-    def _unary(self, method: str, behaviour: Any, read: _Reader) -> Callable[..., Awaitable[Any]]:
+    def _unary(self, method: str, behaviour: Any, *, read: _Read) -> Callable[..., Awaitable[Any]]:
         async def call(data: bytes, context: ServicerContext) -> Any:
             async with _Span(method, context, streaming=False):
                 with self._admit(method, context):
@@ -78,28 +72,28 @@ class Guard(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _streaming(self, method: str, behaviour: Any, read: _Reader | None = None) -> Callable[..., Awaitable[None]]:
+    def _streaming(self, method: str, behaviour: Any, *, read: _Read | None = None) -> Callable[..., Awaitable[None]]:
         async def call(request: Any, context: ServicerContext) -> None:
             async with _Span(method, context, streaming=True), background() as tasks:
-                with self._admit(method, context):
+                with self._admit(method, context) as caller:
                     if read is not None:
                         validate(request := read(request))
                     call_tasks.set(tasks)
                     responses = behaviour(request, context)
-                    expiry = asyncio.timeout(caller_variable.get().principal.expire_time - time.time())
+                    expiry = asyncio.timeout(caller.principal.expire_time - time.time())
                     try:
                         async with expiry:
                             async for response in responses:
                                 await context.write(response)
                     except TimeoutError as error:
-                        raise token_invalid("it has expired") if expiry.expired() else error from None
+                        raise caller.principal.expired() if expiry.expired() else error from None
                     finally:
                         await responses.aclose()
 
         return call
 
     @contextmanager
-    def _admit(self, method: str, context: ServicerContext) -> Iterator[None]:
+    def _admit(self, method: str, context: ServicerContext) -> Iterator[Caller]:
         """Identifies the caller, checks deadline, role and bound, and leaves the caller for the servicer to read."""
         remaining = context.time_remaining()
         if remaining is not None and remaining <= 0:
@@ -122,7 +116,7 @@ class Guard(grpc.aio.ServerInterceptor):
             )
         elif CONTEXT_KEY in metadata:
             user_context = _decode_context(metadata[CONTEXT_KEY])
-        caller_variable.set(Caller(principal, user_context))
+        caller_variable.set(caller := Caller(principal, user_context))
         user = (principal.tenant_id, principal.user_id)
         if not principal.is_service and self._under_way[user] >= CALLS_PER_USER_MAX:
             raise MainspringError(
@@ -133,7 +127,7 @@ class Guard(grpc.aio.ServerInterceptor):
             )
         self._under_way[user] += 1
         try:
-            yield
+            yield caller
         finally:
             self._under_way[user] -= 1
             if not self._under_way[user]:
@@ -199,7 +193,7 @@ def bearer_token(metadata: Mapping[str, str | bytes]) -> str:
     return token.strip()
 
 
-def _reader(decode: Any) -> _Reader:
+def _reader(decode: Any) -> _Read:
     """Decodes requests within the call, so that bytes that are no message are refused as any other fault of theirs."""
 
     def read(data: bytes) -> Any:

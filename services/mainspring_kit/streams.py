@@ -113,10 +113,7 @@ class Replies(Generic[Item]):
         self._ended = False
 
     def expect(self, count: int = 1) -> None:
-        """Counts items that will be answered; QUEUE_FULL when the peer has more under way than its credit.
-
-        Answers that it does not take count too, so that `put`, called by whoever answers, always finds room.
-        """
+        """Counts items that will be answered; QUEUE_FULL when more are under way, or not taken, than the credit."""
         self._outstanding += count
         if self._outstanding + len(self.outbox) > self._outstanding_max:
             raise MainspringError(
