@@ -56,7 +56,9 @@ class _Socket(WSListener):
         self._time = asyncio.get_running_loop().time
         self._transport: WSTransport | None = None
         self.next_seqs: dict[str, int] = {}
-        # Runs that a start which failed since may have made: started again they are followed from their beginning.
+        # Starts that were sent again on it, and the runs that their first sending may have made: the answer to the second
+        # is followed from the beginning.
+        self.repeated: set[str] = set()
         self.suspects: set[str] = set()
         self.heard_time = self._time()
         self.welcome = asyncio.Event()
@@ -211,7 +213,7 @@ class Client:
         if run is None or (run.run_id and run.run_id != run_id):
             self._ledger.blame("doubled", f"the start {message['id']} was answered with run {run_id} again")
             return
-        if run_id in socket.suspects:
+        if run.key in socket.repeated and run_id in socket.suspects:
             socket.next_seqs.pop(run_id, None)
         run.acknowledged_time = run.acknowledged_time or self._loop.time()
         run.run_id = run_id
@@ -226,6 +228,7 @@ class Client:
             return
         self._ledger.counts[f"refused {message['reason']}"] += 1
         if message["code"] in RETRYABLE:
+            socket.repeated.add(run.key)
             socket.suspects |= socket.next_seqs.keys() - self._by_id.keys()
             seconds = self._chance.uniform(*AGAIN_SECONDS) + message.get("retry_after_ms", 0) / 1e3
             self._loop.call_later(seconds, self._take_up_on, socket, run)

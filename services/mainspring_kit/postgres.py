@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
 STATEMENT_SECONDS_MAX: Final = 30.0
+# The server ends a statement first, and with it its locks; then this process gives up waiting.
+ANSWER_SECONDS_MAX: Final = 35.0
 CONNECT_SECONDS_MAX: Final = 10.0
 # What asyncpg raises when the server is away, going, coming, full, silent, or lets nobody in.
 UNREACHABLE: Final = (
@@ -51,16 +53,20 @@ async def connect(url: str, *, size_max: int = 8, size_min: int = 1) -> Pool:
         min_size=size_min,
         max_size=size_max,
         timeout=CONNECT_SECONDS_MAX,
-        command_timeout=STATEMENT_SECONDS_MAX,
-        server_settings=_SETTINGS,
+        command_timeout=ANSWER_SECONDS_MAX,
+        server_settings=_settings(),
     )
 
 
 async def connect_one(url: str) -> asyncpg.Connection[asyncpg.Record]:
     """One connection of its owner's own."""
     return await asyncpg.connect(
-        url, timeout=CONNECT_SECONDS_MAX, command_timeout=STATEMENT_SECONDS_MAX, server_settings=_SETTINGS
+        url, timeout=CONNECT_SECONDS_MAX, command_timeout=ANSWER_SECONDS_MAX, server_settings=_settings()
     )
+
+
+def _settings() -> dict[str, str]:
+    return {**_SETTINGS, "statement_timeout": f"{STATEMENT_SECONDS_MAX:g}s"}
 
 
 @contextmanager

@@ -345,3 +345,12 @@ async def claiming(
         for task in tasks:
             if not task.cancelled() and isinstance(task.exception(), AssertionError):
                 raise task.exception() or AssertionError
+
+
+async def log_of(
+    stub: Any, identities: Identities, user: UserExecutionContext, run_id: str
+) -> list[events_pb2.RunEvent]:
+    """The first page of a run's log."""
+    metadata = identities.metadata(user.tenant_id, user.user_id)
+    response = await stub.ReadEvents(state_pb2.ReadEventsRequest(run_id=run_id), metadata=metadata, timeout=TIMEOUT)
+    return list(response.events)

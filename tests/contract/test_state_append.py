@@ -22,6 +22,7 @@ from tests.contract.state_calls import (
     cancelled,
     completed,
     executing,
+    log_of,
     person,
     reason_of,
     started,
@@ -59,14 +60,6 @@ async def run_of(stub: Any, identities: Identities, user: UserExecutionContext, 
     response = await stub.GetRun(state_pb2.GetRunRequest(run_id=run_id), metadata=metadata, timeout=TIMEOUT)
     run: types_pb2.Run = response.run
     return run
-
-
-async def log_of(
-    stub: Any, identities: Identities, user: UserExecutionContext, run_id: str
-) -> list[events_pb2.RunEvent]:
-    metadata = identities.metadata(user.tenant_id, user.user_id)
-    response = await stub.ReadEvents(state_pb2.ReadEventsRequest(run_id=run_id), metadata=metadata, timeout=TIMEOUT)
-    return list(response.events)
 
 
 async def test_a_run_goes_from_its_create_to_its_end(

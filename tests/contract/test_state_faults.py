@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
 import grpc
 import pytest
 from mainspring.v1 import state_pb2, types_pb2
+from mainspring_kit import postgres
 from mainspring_kit.identity import UserExecutionContext
 
 from test_framework.grpc_testing import error_of
@@ -192,3 +194,47 @@ async def test_a_claim_that_the_database_made_before_its_connection_broke_is_not
                     await owner.execute("SELECT pg_sleep(0.05)")
             await break_connections(owner)
         assert (await claimer.next_claim()).run.run_id == run_id
+
+
+@asynccontextmanager
+async def troubled(owner: Any, run_id: str, statement: str) -> AsyncIterator[None]:
+    """While the block runs the database carries out a statement before each insert into one run's log."""
+    await owner.execute(
+        "CREATE FUNCTION public.trouble() RETURNS trigger LANGUAGE plpgsql AS $body$ "
+        f"BEGIN IF NEW.run_id = '{run_id}' THEN {statement} END IF; RETURN NEW; END $body$; "
+        "CREATE TRIGGER trouble BEFORE INSERT ON state.events FOR EACH ROW EXECUTE FUNCTION public.trouble()"
+    )
+    try:
+        yield
+    finally:
+        await owner.execute("DROP TRIGGER trouble ON state.events; DROP FUNCTION public.trouble()")
+
+
+async def go_on_all(executor: Executor, users: list[UserExecutionContext], run_ids: list[str]) -> list[str]:
+    """Appends one event to each run; the reasons of those that were refused, in order."""
+    appends = [executor.append(user, run_id, thinking(), after=1) for user, run_id in zip(users, run_ids, strict=True)]
+    return [reason_of(result.status) for result in await executor.send(*appends)]
+
+
+async def test_an_append_that_meets_conflict_after_conflict_may_come_again(executor: Executor, owner: Any) -> None:
+    users = [person() for _ in range(9)]
+    run_ids = [await executor.start(user) for user in users]
+    async with troubled(owner, run_ids[4], "RAISE EXCEPTION 'again' USING ERRCODE = '40001';"):
+        reasons = await go_on_all(executor, users, run_ids)
+    assert reasons == ["PEER_UNAVAILABLE" if index == 4 else "" for index in range(9)]
+    await executor.go_on(users[4], run_ids[4], thinking(), after=1)
+
+
+async def test_an_append_that_always_takes_too_long_holds_up_no_other(
+    executor: Executor, owner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [person() for _ in range(9)]
+    run_ids = [await executor.start(user) for user in users]
+    monkeypatch.setattr(postgres, "STATEMENT_SECONDS_MAX", 2.0)
+    await break_connections(owner)
+    async with troubled(owner, run_ids[4], "PERFORM pg_sleep(20);"):
+        reasons = await go_on_all(executor, users, run_ids)
+    assert reasons == ["PEER_UNAVAILABLE" if index == 4 else "" for index in range(9)]
+    monkeypatch.undo()
+    await break_connections(owner)
+    await executor.go_on(users[4], run_ids[4], thinking(), after=1)

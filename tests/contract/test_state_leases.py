@@ -24,6 +24,7 @@ from tests.contract.state_calls import (
     claiming,
     completed,
     executing,
+    log_of,
     person,
     reason_of,
     started,
@@ -239,7 +240,12 @@ async def test_a_run_on_which_executors_die_one_after_the_other_is_ended(
     aio_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
 ) -> None:
     run_id = await executor.start(user)
-    last_seq = 1
+    calls = [
+        events_pb2.RunEvent(tool_executing=events_pb2.ToolExecuting(call_id=call_id, tool="t")) for call_id in "ab"
+    ]
+    done = events_pb2.RunEvent(tool_completed=events_pb2.ToolCompleted(call_id="a", tool="t"))
+    await executor.go_on(user, run_id, *calls, done, after=1)
+    last_seq = 4
     for takeover in (1, 2, 3):
         async with claiming(aio_stub, identities) as victim:
             claimed = await victim.next_claim()
@@ -251,8 +257,10 @@ async def test_a_run_on_which_executors_die_one_after_the_other_is_ended(
         request = state_pb2.WaitRunRequest(run_id=run_id)
         metadata = identities.metadata(user.tenant_id, user.user_id)
         run = (await aio_stub.WaitRun(request, metadata=metadata, timeout=TIMEOUT)).run
-        assert (run.state, run.error.reason, run.last_seq) == (types_pb2.RUN_STATE_FAILED, "RUN_POISONED", 5)
+        assert (run.state, run.error.reason, run.last_seq) == (types_pb2.RUN_STATE_FAILED, "RUN_POISONED", 9)
         assert survivor.claimed.empty()
+    closing = (await log_of(aio_stub, identities, user, run_id))[-2].tool_completed
+    assert (closing.call_id, closing.status, closing.error.reason) == ("b", types_pb2.TOOL_STATUS_ERROR, "RUN_POISONED")
 
 
 async def test_progress_forgives_earlier_deaths(

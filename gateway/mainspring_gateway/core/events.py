@@ -87,8 +87,13 @@ def usage_data(usage: types_pb2.Usage) -> Data:
 
 
 def error_data(error: types_pb2.RunError) -> Data:
-    """A run's error, with its metadata."""
-    return {"code": error.code, "reason": error.reason, "message": error.message, "metadata": dict(error.metadata)}
+    """A run's error, with its metadata in one order: the same bytes live and from the log."""
+    return {
+        "code": error.code,
+        "reason": error.reason,
+        "message": error.message,
+        "metadata": dict(sorted(error.metadata.items())),
+    }
 
 
 def stages_data(stages: Sequence[types_pb2.Stage]) -> list[Data]:

@@ -203,6 +203,16 @@ def stale(entry: Entry) -> MainspringError:
     )
 
 
+def unsettled(entry: Entry) -> MainspringError:
+    """The database has not taken the append, for no fault of its own: another moment will do."""
+    return MainspringError(
+        Reason.PEER_UNAVAILABLE,
+        f"PostgreSQL did not settle the append at seq {entry.append.expected_seq + 1} of run {entry.append.run_id}: "
+        "send it again.",
+        peer="postgresql",
+    )
+
+
 def refused_value(entry: Entry, detail: str) -> MainspringError:
     """The database refused a value of this append alone."""
     return MainspringError(

@@ -7,6 +7,7 @@ import random
 from collections import Counter as Counts
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import asyncpg
@@ -15,7 +16,7 @@ from mainspring_kit import postgres, telemetry
 from mainspring_kit.errors import MainspringError, to_status
 from prometheus_client import Counter, Histogram
 
-from mainspring_state.core.append import Entry, check, refusal, refused_value, stale, stamp
+from mainspring_state.core.append import Entry, check, refusal, refused_value, stale, stamp, unsettled
 from mainspring_state.core.backlog import Backlog, halves
 from mainspring_state.engine.hub import Creator, Hub
 from mainspring_state.store.log import Batch, LogWriter, Outcome, is_conflict, is_shortage
@@ -112,6 +113,10 @@ class Committer:
             batch = Batch([waiting.entry for waiting in waitings])
             try:
                 outcomes, became_ready = await writer.commit(batch)
+            except (TimeoutError, asyncpg.QueryCanceledError):
+                # One of them may take as long whenever it comes: the halves go on alone, over a new connection.
+                self._divide(unsettled)
+                raise
             except asyncpg.PostgresError as error:
                 if isinstance(error, _LOST):
                     raise
@@ -120,7 +125,7 @@ class Committer:
                     await asyncio.sleep(min(CONFLICT_SECONDS_MAX, 0.002 * 2 ** min(conflicts, 8)) * random.random())
                     continue
                 conflicts = 0
-                self._divide(error)
+                self._divide(unsettled if is_conflict(error) else partial(_refused, error))
                 continue
             conflicts = 0
             self._under_way.pop()
@@ -139,18 +144,17 @@ class Committer:
             stamp(waiting.entry, seconds=seconds, nanos=nanos)
         return waitings
 
-    def _divide(self, error: asyncpg.PostgresError) -> None:
-        """The database refused a value of the batch under way: its halves go on alone, down to the one at fault."""
+    def _divide(self, verdict: Callable[[Entry], MainspringError]) -> None:
+        """The batch under way could not be committed: its halves go on alone, down to the one that gets the verdict."""
         waitings = self._under_way.pop()
         if len(waitings) > 1:
             left, right = halves(waitings)
             self._under_way += [right, left]
             return
-        entry = waitings[0].entry
-        telemetry.logger().warning("append_refused", run_id=entry.append.run_id, sqlstate=error.sqlstate)
+        entry, error = waitings[0].entry, verdict(waitings[0].entry)
+        telemetry.logger().warning("append_refused", run_id=entry.append.run_id, detail=str(error)[:300])
         APPENDS.labels("refused").inc()
-        detail = f"{error.sqlstate} {str(error).splitlines()[0][:300]}"
-        waitings[0].answer(_failure(entry.append, refused_value(entry, detail)))
+        waitings[0].answer(_failure(entry.append, error))
 
     def _finish(self, waitings: list[Waiting], outcomes: list[Outcome]) -> None:
         deliveries = []
@@ -217,6 +221,10 @@ def _success(entry: Entry, outcome: Outcome, *, followed: bool) -> state_pb2.App
         repeated_key=outcome.reason == "key_repeated",
         followed=followed and outcome.reason != "key_repeated",
     )
+
+
+def _refused(error: asyncpg.PostgresError, entry: Entry) -> MainspringError:
+    return refused_value(entry, f"{error.sqlstate} {str(error).splitlines()[0][:300]}")
 
 
 def _failure(append: state_pb2.Append, error: MainspringError) -> state_pb2.AppendResult:

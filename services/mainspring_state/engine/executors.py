@@ -17,6 +17,7 @@ from mainspring_kit.identity import UserExecutionContext, new_id
 from mainspring_kit.streams import Outbox, call_tasks
 
 from mainspring_state.core.append import ENDED_STATES, state_name
+from mainspring_state.core.poison import poisoned
 from mainspring_state.engine.committer import Answer
 from mainspring_state.engine.presence import Presence
 from mainspring_state.engine.talk import Talk
@@ -24,6 +25,8 @@ from mainspring_state.store.leases import CLAIM_PAGE_MAX, Claim, Leases
 
 INPUT_SECONDS: Final = 1.0
 TIDY_SECONDS: Final = 30.0
+LOG_PAGE_MAX: Final = 1_000
+LOG_PAGE_BYTES_MAX: Final = 4 << 20
 
 _EXECUTOR_ID: Final = re.compile(r"[^\x00-\x1f\x7f]{1,128}")
 
@@ -247,7 +250,7 @@ class Executors:
                 claims = await self._leases.claim(claimer.executor_id, credit=claimer.credit, connected=connected)
                 for claim in claims:
                     if claim.is_poisoned:
-                        self._poison(claim)
+                        await self._poison(claim)
                 await self._hand_over(claimer, [claim for claim in claims if not claim.is_poisoned])
             except MainspringError:
                 # Made or not, nobody knows.
@@ -275,37 +278,31 @@ class Executors:
                 state_pb2.ClaimedRun(run=claim.run, takeovers=claim.takeovers, inputs=inputs.get(claim.run.run_id, []))
             )
 
-    def _poison(self, claim: Claim) -> None:
+    async def _poison(self, claim: Claim) -> None:
         """Executors died on the run, one after the other: it is ended instead of handed out again."""
         run = claim.run
-        message = f"{claim.takeovers - 1} executors in turn died on run {run.run_id} without a new event: look into it."
-        error = types_pb2.RunError(
-            code="ABORTED",
-            reason="RUN_POISONED",
-            message=message,
-            metadata={"run_id": run.run_id, "attempts": str(claim.takeovers - 1)},
-        )
-        duration_ms = 0.0
-        if run.HasField("start_time"):
-            duration_ms = max(0.0, self._presence.now() - run.start_time.ToNanoseconds() / 1e9) * 1e3
-        event = events_pb2.RunEvent(
-            run_id=run.run_id,
-            seq=run.last_seq + 1,
-            session_id=run.session_id,
-            agent=run.agent,
-            trace_id=run.trace_id,
-            agent_failed=events_pb2.AgentFailed(error=error, duration_ms=duration_ms),
-        )
+        log = await self._read_log(run)
         append = state_pb2.Append(
             append_id=new_id(),
             tenant_id=run.tenant_id,
             run_id=run.run_id,
             expected_seq=run.last_seq,
             epoch=run.epoch,
-            events=[event],
+            events=poisoned(run, log, attempts=claim.takeovers - 1, now=self._presence.now()),
         )
         telemetry.logger().warning("run_poisoned", run_id=run.run_id, takeovers=claim.takeovers)
         self._submit(append, _ignore)
+
+    async def _read_log(self, run: types_pb2.Run) -> list[events_pb2.RunEvent]:
+        log: list[events_pb2.RunEvent] = []
+        while len(log) < run.last_seq:
+            page = await self._leases.read_log(
+                (run.tenant_id, run.run_id), after_seq=len(log), item_max=LOG_PAGE_MAX, byte_max=LOG_PAGE_BYTES_MAX
+            )
+            if not page:
+                break
+            log += map(events_pb2.RunEvent.FromString, page)
+        return log
 
 
 def run_not_found(run_id: str) -> MainspringError:

@@ -186,3 +186,11 @@ def test_an_sse_block_is_one_line_of_data() -> None:
 @pytest.mark.parametrize(("nanos", "text"), [(0, "000"), (999_999, "000"), (1_000_000, "001"), (999_999_999, "999")])
 def test_times_have_milliseconds(nanos: int, text: str) -> None:
     assert time_text(Timestamp(seconds=0, nanos=nanos)) == f"1970-01-01T00:00:00.{text}Z"
+
+
+def test_an_errors_metadata_comes_in_one_order_live_and_from_the_log() -> None:
+    names = list("hgfedcba")
+    error = types_pb2.RunError(metadata=dict.fromkeys(names, ""))
+    event = pb.RunEvent(seq=2, agent_failed=pb.AgentFailed(error=error))
+    metadata = orjson.loads(encode(event).payload)["data"]["error"]["metadata"]
+    assert list(metadata) == sorted(names)
