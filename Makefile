@@ -21,6 +21,9 @@ TYPED := sdk services gateway examples benchmarks tests test_framework
 BILL ?=
 # Arguments for `make dev`: modules with tools, options.
 ARGS ?=
+# What `make bench` measures, and whether others beside it.
+ONLY ?= throughput latency growth footprint
+PEERS ?= --peers
 
 .PHONY: help setup run dev test test-long check fmt proto docs baseline bench bench-peers lock clean
 .PHONY: check-style check-types check-contracts check-generated check-manifests check-tidy
@@ -112,8 +115,15 @@ baseline: $(READY) ## Record the contracts as released: what `buf breaking` comp
 	@mkdir -p $(dir $(BASELINE))
 	@buf build --path protos/mainspring --output $(BASELINE)
 
-bench: $(READY) ## Measure the throughput of the whole platform
-	@python -m benchmarks.throughput
+# Workloads one after the other, each alone on the machine; what they found is kept, and the page made from it.
+bench: $(READY) ## Measure everything and write docs/benchmarks.md, 15 to 25 minutes (ONLY="latency growth", PEERS=)
+	@mkdir -p build docs/benchmarks; failed=; \
+	for workload in $(ONLY); do \
+	  python -m "benchmarks.$$workload" --json $(PEERS) | python -m json.tool > build/bench.json || failed+=" $$workload"; \
+	  [ ! -s build/bench.json ] || mv build/bench.json "docs/benchmarks/$$workload.json"; \
+	done; \
+	python -m benchmarks.page; \
+	[ -z "$$failed" ] || { echo "These found faults, or did not end:$$failed" >&2; exit 1; }
 
 bench-peers: $(READY) ## Set up what `benchmarks.throughput --peers` measures beside it, under build/peers
 	@python -m benchmarks.peers

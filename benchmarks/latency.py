@@ -134,6 +134,7 @@ async def _slice(
     except TimeoutError:
         report.faults.append(f"{len(starts) - record.ended} runs had not ended after {END_SECONDS_MAX:g} s")
     used = cpu.used()
+    report.cpu_seconds[f"{rate:.0f} starts a second, slice {len(report.cpu_seconds) + 1}"] = used
     speed = min(speed, yardstick())
     rows = await database.fetch(_COMMIT_TIMES, begin)
     frames = [
