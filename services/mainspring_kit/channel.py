@@ -18,8 +18,7 @@ METADATA_BYTES_MAX: Final = 16 << 10
 CALL_SECONDS_DEFAULT: Final = 5.0
 
 _KEEPALIVE: Final[list[tuple[str, int]]] = [
-    # A process that stands still breaks no connection: only a ping finds it out, and runs wait for that. gRPC's core
-    # heeds the second of the two timeouts, a minute if not set.
+    # Only a ping finds a process that stands still. Its timeout is the second one: a minute, if only the first is set.
     ("grpc.keepalive_time_ms", 1_000),
     ("grpc.keepalive_timeout_ms", 2_000),
     ("grpc.http2.ping_timeout_ms", 2_000),

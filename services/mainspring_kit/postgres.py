@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
     Pool = asyncpg.Pool[asyncpg.Record]
 
-STATEMENT_SECONDS_MAX: Final = 30.0
-# The server ends a statement first, and with it its locks; then this process gives up waiting.
+# The server ends a statement after 30 s, and with it its locks; then this process gives up waiting.
 ANSWER_SECONDS_MAX: Final = 35.0
 CONNECT_SECONDS_MAX: Final = 10.0
 # What asyncpg raises when the server is away, going, coming, full, silent, or lets nobody in.
@@ -39,8 +38,8 @@ UNREACHABLE: Final = (
 # What it raises when a statement was none the worse for coming at another moment: deadlocks, full disks.
 _TRANSIENT: Final = (asyncpg.TransactionRollbackError, asyncpg.InsufficientResourcesError)
 
-_IDLE: Final = {"idle_in_transaction_session_timeout": "10s"}  # a process that freezes holds no lock for ever
-_SETTINGS: Final = {"application_name": "mainspring", "jit": "off", "timezone": "UTC", **_IDLE}
+_LIMITS: Final = {"idle_in_transaction_session_timeout": "10s", "statement_timeout": "30s"}  # no lock is held for ever
+_SETTINGS: Final = {"application_name": "mainspring", "jit": "off", "timezone": "UTC", **_LIMITS}
 _MIGRATION_LOCK: Final = 7_236_480_151
 _QUERY_HEADER: Final = re.compile(r"^-- (?P<name>[a-z_0-9]+): (?P<purpose>.+)$", re.MULTILINE)
 _SET_USER: Final = "SELECT set_config('mainspring.tenant_id', $1, true), set_config('mainspring.user_id', $2, true)"
@@ -54,19 +53,15 @@ async def connect(url: str, *, size_max: int = 8, size_min: int = 1) -> Pool:
         max_size=size_max,
         timeout=CONNECT_SECONDS_MAX,
         command_timeout=ANSWER_SECONDS_MAX,
-        server_settings=_settings(),
+        server_settings=_SETTINGS,
     )
 
 
 async def connect_one(url: str) -> asyncpg.Connection[asyncpg.Record]:
     """One connection of its owner's own."""
     return await asyncpg.connect(
-        url, timeout=CONNECT_SECONDS_MAX, command_timeout=ANSWER_SECONDS_MAX, server_settings=_settings()
+        url, timeout=CONNECT_SECONDS_MAX, command_timeout=ANSWER_SECONDS_MAX, server_settings=_SETTINGS
     )
-
-
-def _settings() -> dict[str, str]:
-    return {**_SETTINGS, "statement_timeout": f"{STATEMENT_SECONDS_MAX:g}s"}
 
 
 @contextmanager

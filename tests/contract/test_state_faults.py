@@ -230,7 +230,7 @@ async def test_an_append_that_always_takes_too_long_holds_up_no_other(
 ) -> None:
     users = [person() for _ in range(9)]
     run_ids = [await executor.start(user) for user in users]
-    monkeypatch.setattr(postgres, "STATEMENT_SECONDS_MAX", 2.0)
+    monkeypatch.setitem(postgres._SETTINGS, "statement_timeout", "2s")
     await break_connections(owner)
     async with troubled(owner, run_ids[4], "PERFORM pg_sleep(20);"):
         reasons = await go_on_all(executor, users, run_ids)
