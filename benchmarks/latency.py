@@ -22,7 +22,7 @@ import uvloop
 from mainspring.dev import Stack, stack
 
 from benchmarks.harness import Cpu, Report, Slice, median, parser, percentile, progress, under_test, yardstick
-from benchmarks.load import LOOKUP, LOOKUP_EVENTS, LOOKUP_START, Load, connect_users, drive, register
+from benchmarks.load import LOOKUP, LOOKUP_EVENTS, LOOKUP_START, Load, connect_users, drive, note_database, register
 from benchmarks.paced import PacedSocket, Record, connect_paced, pace
 
 SOCKETS: Final = 64
@@ -73,6 +73,7 @@ async def _measure(report: Report, arguments: Namespace) -> None:
         async with stack(data_dir=Path(folder), workers=["benchmarks.tools"], log_level="warning") as running:
             database = await _track_commits(running)
             try:
+                await note_database(running, report)
                 await register(running, LOOKUP.read_bytes())
                 await register(running, CLOCK_AGENT)
                 rate = arguments.rate or await _half_of_peak(running, arguments.seconds, report)

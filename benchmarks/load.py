@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import asyncpg
 from mainspring.dev import Stack
 
 from benchmarks.harness import Cpu, Report, Slice, percentile, under_test, yardstick
@@ -31,6 +32,18 @@ async def register(running: Stack, spec: bytes) -> None:
     ):
         if answer.status >= 300:
             raise RuntimeError(f"the agent was not registered: {await answer.text()}")
+
+
+async def note_database(running: Stack, report: Report) -> None:
+    """Puts the server's version into the report, and a fault where it does not make commits durable."""
+    database = await asyncpg.connect(running.database_url)
+    try:
+        report.versions["postgresql"] = await database.fetchval("SHOW server_version")
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            if await database.fetchval(f"SHOW {setting}") != "on":
+                report.faults.append(f"PostgreSQL runs with {setting} off: its commits are not durable")
+    finally:
+        await database.close()
 
 
 async def connect_users(running: Stack, count: int, *, start: Mapping[str, Any], events: int) -> list[RunLoop]:

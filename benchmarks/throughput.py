@@ -21,7 +21,7 @@ from mainspring.dev import Stack, stack
 
 from benchmarks.harness import Report, parser, progress
 from benchmarks.interleave import CALLERS, measure_beside_peers
-from benchmarks.load import LOOKUP, LOOKUP_EVENTS, LOOKUP_START, Load, connect_users, drive, register
+from benchmarks.load import LOOKUP, LOOKUP_EVENTS, LOOKUP_START, Load, connect_users, drive, note_database, register
 
 WARM_UP_SECONDS: Final = 2.0
 WARM_UP_SOCKETS: Final = 16
@@ -79,6 +79,7 @@ async def _measure(report: Report, arguments: Namespace) -> None:
             data_dir=Path(folder), replicas=counts, workers=["benchmarks.tools"], log_level="warning"
         ) as running:
             await register(running, LOOKUP.read_bytes())
+            await note_database(running, report)
             most = max([*arguments.sockets, *(CALLERS if arguments.peers else ())])
             loops = await connect_users(running, most, start=LOOKUP_START, events=LOOKUP_EVENTS)
             await drive(running, loops[:WARM_UP_SOCKETS], WARM_UP_SECONDS)
