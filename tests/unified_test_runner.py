@@ -30,6 +30,7 @@ CATEGORIES = (
     ("contract", "one real service over a real wire"),
     ("integration", "the whole running stack"),
     ("flow", "several real processes, killed and restarted"),
+    ("simulation", "many processes over virtual time, from a seed"),
     ("tidy", "the rules of the house"),
     ("websocket", "the gateway's socket"),
     ("database", "rows and migrations"),

@@ -1,43 +1,42 @@
-"""`python -m tests.simulation SEED` plays one history and shows its trace; `--histories N` plays many from SEED on."""
+"""`python -m tests.simulation SEED` plays one history and shows its trace; `--histories N` plays many from SEED on.
+
+`--mutation NAME` plays them over a product that is broken in this way: to see which faults histories find.
+"""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
+import os
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
 
 from tests.simulation.history import Outcome, play
+from tests.simulation.mutations import MUTATIONS, mutated
 
-GARBAGE_HISTORIES = 100
+# A process plays so many and ends: that is quicker than to collect their garbage.
+CHUNK = 200
+SHOWN_MAX = 20
 
 
-def play_many(seeds: range, *, failures_max: int = 20) -> tuple[int, list[Outcome]]:
-    """Plays the histories of these seeds; how many were played, and those in which an invariant broke."""
-    failed: list[Outcome] = []
-    played = 0
-    gc.collect()
-    gc.freeze()
+def play_chunk(seeds: range, *, mutation: str = "") -> list[Outcome]:
+    """Plays the histories of these seeds in a process of its own; gives those in which an invariant broke."""
     gc.disable()
-    try:
-        for seed in seeds:
-            outcome = play(seed)
-            played += 1
-            if outcome.violations:
-                failed.append(outcome)
-                if len(failed) >= failures_max:
-                    break
-            if played % GARBAGE_HISTORIES == 0:
-                gc.collect()
-    finally:
-        gc.enable()
-        gc.unfreeze()
-    return played, failed
+    # Tasks that were made for a process that is dead never begin.
+    warnings.simplefilter("ignore", RuntimeWarning)
+    with mutated(mutation):
+        return [outcome for outcome in map(play, seeds) if outcome.violations]
 
 
-def describe(outcome: Outcome) -> str:
-    """What broke, and how to see it again."""
-    return f"seed {outcome.seed}: {outcome.violations[0]} (python -m tests.simulation {outcome.seed})"
+def play_many(seeds: range, *, processes: int, mutation: str = "") -> Iterator[list[Outcome]]:
+    """The failed histories, chunk by chunk."""
+    chunks = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
+    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
+        yield from pool.imap_unordered(partial(play_chunk, mutation=mutation), chunks, chunksize=1)
 
 
 def main() -> int:
@@ -45,18 +44,37 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.simulation", description=__doc__)
     parser.add_argument("seed", type=int)
     parser.add_argument("--histories", type=int, default=0)
-    arguments = parser.parse_args()
-    if not arguments.histories:
-        outcome = play(arguments.seed, trace=lambda line: sys.stdout.write(line + "\n"))
-        sys.stdout.write(f"{outcome}\n")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--mutation", choices=sorted(MUTATIONS), default="")
+    parser.add_argument("--first", action="store_true", help="end with the first chunk in which an invariant breaks")
+    asked = parser.parse_args()
+    if not asked.histories:
+        with mutated(asked.mutation):
+            outcome = play(asked.seed, trace=lambda line: print(line))
+        print(*outcome.violations or ["all invariants hold"], sep="\n")
         return bool(outcome.violations)
-    began = time.process_time()
-    played, failed = play_many(range(arguments.seed, arguments.seed + arguments.histories))
-    for outcome in failed:
-        sys.stdout.write(describe(outcome) + "\n")
-    sys.stdout.write(f"{played} histories, {len(failed)} failed, {time.process_time() - began:.1f} s of CPU\n")
+    began = time.perf_counter()
+    failed, played = [], 0
+    seeds = range(asked.seed, asked.seed + asked.histories)
+    for outcomes in play_many(seeds, processes=asked.processes, mutation=asked.mutation):
+        failed += outcomes
+        played += min(CHUNK, asked.histories - played)
+        if failed and asked.first:
+            break
+    option = f' --mutation "{asked.mutation}"' if asked.mutation else ""
+    for outcome in failed[:SHOWN_MAX]:
+        print(f"seed {outcome.seed}: {outcome.violations[0]}")
+        print(f"  to see it: python -m tests.simulation {outcome.seed}{option}")
+    print(f"{played} histories, {len(failed)} failed, {time.perf_counter() - began:.1f} s")
     return bool(failed)
 
 
 if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # Sets are walked in the same order in every replay.
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "tests.simulation", *sys.argv[1:]],
+            os.environ | {"PYTHONHASHSEED": "0"},
+        )
     sys.exit(main())

@@ -36,6 +36,7 @@ class Checker:
         """`stop` ends the history: something is wrong."""
         self.violations: list[str] = []
         self.trace = trace
+        self.on_claim: Callable[[str], None] = lambda executor_id: None
         self.effects: Counter[tuple[str, str, str]] = Counter()
         self.arrivals: Counter[str] = Counter()
         self._schema = schema
@@ -78,12 +79,18 @@ class Checker:
     def answered(self, process: Process, result: state_pb2.AppendResult) -> None:
         """An executor hears what became of its append."""
         append_id = self._items.get((process, result.item_id))
-        if append_id is None or result.status.code != code_pb2.OK or result.repeated_key:
+        if append_id is None or result.repeated_key:
+            return
+        if result.status.code != code_pb2.OK:
+            is_durable = any(event.append_id == append_id for log in self._parsed.values() for event in log)
+            self.expect(not is_durable, f"append {append_id} is durable and refused: {result.status.message}")
             return
         first = self._answers.setdefault(append_id, (result.run_id, result.ordinal))
         self.expect(first == (result.run_id, result.ordinal), f"append {append_id} is answered twice, differently")
-        log = self.log(self.key_of(result.run_id))
-        is_durable = any(event.append_id == append_id for event in log) or result.state == types_pb2.RUN_STATE_QUEUED
+        key = self.key_of(result.run_id)
+        is_durable = any(event.append_id == append_id for event in self.log(key))
+        # A create that stands in line has no event.
+        is_durable = is_durable or self._schema.runs.get(key, {}).get("append_id") == append_id
         self.expect(is_durable, f"append {append_id} to {result.run_id} is answered before it is durable")
 
     def published(self, deliveries: Iterable[state_pb2.Delivery]) -> None:
@@ -93,6 +100,8 @@ class Checker:
     def _granted(self, key: Key, epoch: int, executor_id: str) -> None:
         self.trace(f"db: {key[1][-4:]} leased to {executor_id} under epoch {epoch}")
         self._grants[key, epoch] = executor_id
+        if epoch > 1:
+            self.on_claim(executor_id)
 
     def _committed(self, key: Key, rows: list[Row], epoch: int) -> None:
         log = self._parsed.setdefault(key, [])

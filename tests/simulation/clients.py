@@ -1,4 +1,4 @@
-"""Who uses the platform in a history: users who start runs and see them through, cancel, and look where they may not."""
+"""Who uses the platform in a history: users who start runs, see them through, cancel, and look where they may not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import orjson
-from mainspring.v1 import state_pb2, state_pb2_grpc, types_pb2
+from mainspring.v1 import state_pb2, types_pb2
 from mainspring_gateway.core.commands import Start
 from mainspring_gateway.core.events import EncodedEvent
 from mainspring_gateway.core.feeds import Follow
@@ -160,8 +160,7 @@ class Client:
         while not self.is_done:
             try:
                 if self.run_id:
-                    channel = self._world.network.channel(self._world.target("state"))
-                    stub = state_pb2_grpc.StateServiceStub(channel)  # type: ignore[arg-type]  # a channel as it needs
+                    stub = self._world.network.state_stub(self._world.target("state"))
                     request = state_pb2.PutInputRequest(
                         run_id=self.run_id, request_id=f"cancel-{self.wish.number}", cancel=state_pb2.CancelInput()
                     )
@@ -202,7 +201,7 @@ class Onlooker:
 
     async def _look_once(self, clients: list[Client]) -> None:
         address = self._world.rng.choice(self._world.addresses("state"))
-        stub = state_pb2_grpc.StateServiceStub(self._world.network.channel(address))  # type: ignore[arg-type]  # as above
+        stub = self._world.network.state_stub(address)
         call: Any = stub.Follow(metadata=as_user(self._user), timeout=None)
         expected: dict[int, int] = {}
         asked: dict[int, Client] = {}

@@ -51,7 +51,7 @@ class Schema(Tables):
             return []
         held = [lease for lease in self.leases.values() if lease["executor_id"] == executor_id]
         room = min(page_max, credit - sum(lease["claim_seq"] is not None for lease in held))
-        found = []
+        found: list[tuple[Key, bool]] = []
         for key, lease in list(self.leases.items()):
             if len(found) >= room:
                 break

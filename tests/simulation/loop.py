@@ -1,4 +1,4 @@
-"""An event loop without a clock of its own: virtual time, one ready queue, and processes that stop between two steps."""
+"""An event loop without a clock of its own: virtual time, one ready queue, processes that stop between two steps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from typing import Any, Final
 PROCESS: Final[contextvars.ContextVar[Process]] = contextvars.ContextVar("simulated_process")
 
 
+# So many steps at one moment, and nothing waits for anything any more.
+STEPS_MAX: Final = 20_000
+
+
+class LivelockError(Exception):
+    """A history goes round in circles."""
+
+
 class Process:
     """What runs in one address space. Everything it does runs in its context, so that a kill can stop all of it."""
 
@@ -22,6 +30,8 @@ class Process:
         self.clock_skew = clock_skew
         self.is_alive = True
         self.is_paused = False
+        # Messages to and from it arrive after this second.
+        self.stalled_until = 0.0
         self.steps = 0
         # The kill comes before this step; 0: never.
         self.last_step = 0
@@ -167,8 +177,12 @@ class SimLoop(asyncio.AbstractEventLoop):
     def _run_ready(self) -> bool:
         """Until nothing is ready. A step takes a moment, so that messages arrive between the steps of one turn."""
         ready = self._ready
+        steps = 0
         while ready:
             handle = ready.popleft()
+            steps += 1
+            if steps > STEPS_MAX:
+                raise LivelockError(f"{handle.process} does not stop: {handle.callback}")
             if handle.is_cancelled:
                 continue
             process = handle.process

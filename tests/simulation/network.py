@@ -1,7 +1,7 @@
-"""gRPC without a network: channels whose messages take time, stay in order per stream, and are lost when a call breaks.
+"""gRPC without a network: channels whose messages take time, stay in order per call, and are lost when it breaks.
 
-Messages cross as bytes. What is taken over from gRPC: a broken call loses what is on its way, ends its handler, and says
-UNAVAILABLE to its caller; nothing is lost or doubled while a call stands.
+Messages cross as bytes. What is taken over from gRPC: a broken call loses what is on its way, ends its handler, and
+says UNAVAILABLE to its caller; nothing is lost or doubled while a call stands.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 from google.rpc import status_pb2
-from mainspring.v1 import identity_pb2
+from mainspring.v1 import identity_pb2, state_pb2_grpc
 from mainspring_kit.errors import MainspringError, to_status
 from mainspring_kit.identity import CONTEXT_KEY, Caller, Principal, UserExecutionContext, caller_variable
 from mainspring_kit.streams import call_tasks
@@ -56,6 +56,10 @@ class Network:
     def channel(self, target: str, *, options: object = ()) -> Channel:
         """What `grpc.aio.insecure_channel` gives: a channel of the process that asks."""
         return Channel(self, PROCESS.get(), target.removeprefix("ipv4:").split(","))
+
+    def state_stub(self, target: str) -> Any:
+        """A stub of state for the process that asks."""
+        return state_pb2_grpc.StateServiceStub(cast(grpc.aio.Channel, self.channel(target)))
 
     def break_calls(self, process: Process, other: Process | None = None) -> None:
         """Breaks the calls of a process, all or those with another one."""
@@ -145,7 +149,9 @@ class Lane:
     def send(self, arrive: Callable[..., None], *args: Any) -> None:
         """Something goes on its way behind what was sent before."""
         network = self._call.network
-        self._last_arrival = max(self._last_arrival + 1e-9, network.loop.now + network.delay())
+        stalled_until = max(process.stalled_until for process in self._call.ends)
+        arrival = max(network.loop.now, stalled_until) + network.delay()
+        self._last_arrival = max(self._last_arrival + 1e-9, arrival)
         network.loop.call_at(self._last_arrival, self._arrive, arrive, args, context=self._receiver.context)
 
     def push(self, message: Any) -> None:

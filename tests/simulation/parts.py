@@ -120,14 +120,16 @@ class ObservedCalls:
 
 
 class Workers:
-    """DispatcherService: each call has its effect after a while, or never, where it is cancelled or its process dies."""
+    """DispatcherService: each call has its effect after a while, or never: it is cancelled, or its process dies."""
 
     def __init__(self, checker: Checker, loop: SimLoop, rng: Random) -> None:
         self._checker = checker
         self._loop = loop
         self._rng = rng
         self._seconds = rng.choice((0.002, 0.05, 0.5))
-        self._under_way: dict[str, tuple[Any, dispatcher_pb2.ToolCall, Replies[dispatcher_pb2.ToolResult]]] = {}
+        self._timers: dict[str, Any] = {}
+        # Who waits for a call's answer: one that comes again while it is under way has its effect once.
+        self._asked: dict[str, list[tuple[dispatcher_pb2.ToolCall, Replies[dispatcher_pb2.ToolResult]]]] = {}
 
     async def CallTools(
         self, requests: AsyncIterator[dispatcher_pb2.CallToolsRequest], context: Any
@@ -150,31 +152,30 @@ class Workers:
     ) -> dispatcher_pb2.CancelCallsResponse:
         outcomes = []
         for call_id in request.call_ids:
-            found = self._under_way.pop(call_id, None)
-            outcomes.append(
-                dispatcher_pb2.CancelOutcome(call_id=call_id, found=found is not None, acknowledged=found is not None)
-            )
-            if found is not None:
-                timer, call, replies = found
+            timer = self._timers.pop(call_id, None)
+            found = timer is not None
+            outcomes.append(dispatcher_pb2.CancelOutcome(call_id=call_id, found=found, acknowledged=found))
+            if timer is not None:
                 timer.cancel()
-                replies.put(_result(call, types_pb2.TOOL_STATUS_CANCELLED, reason="TOOL_CANCELLED"))
+                self._answer(call_id, types_pb2.TOOL_STATUS_CANCELLED, reason="TOOL_CANCELLED")
         return dispatcher_pb2.CancelCallsResponse(outcomes=outcomes)
 
     def _take(self, call: dispatcher_pb2.ToolCall, replies: Replies[dispatcher_pb2.ToolResult]) -> None:
-        former = self._under_way.pop(call.call_id, None)
-        if former is not None:
-            # It came again, over a new stream: it goes on once, and its answer goes there.
-            former[0].cancel()
-        timer = self._loop.call_later(self._seconds * self._rng.random(), self._finish, call, replies)
-        self._under_way[call.call_id] = (timer, call, replies)
+        self._asked.setdefault(call.call_id, []).append((call, replies))
+        if call.call_id not in self._timers:
+            self._timers[call.call_id] = self._loop.call_later(self._seconds * self._rng.random(), self._finish, call)
 
-    def _finish(self, call: dispatcher_pb2.ToolCall, replies: Replies[dispatcher_pb2.ToolResult]) -> None:
-        del self._under_way[call.call_id]
+    def _finish(self, call: dispatcher_pb2.ToolCall) -> None:
+        del self._timers[call.call_id]
         self._checker.tool_reached(call)
         if self._rng.random() < 0.1:
-            replies.put(_result(call, types_pb2.TOOL_STATUS_ERROR, reason="TOOL_FAILED"))
+            self._answer(call.call_id, types_pb2.TOOL_STATUS_ERROR, reason="TOOL_FAILED")
         else:
-            replies.put(_result(call, types_pb2.TOOL_STATUS_OK))
+            self._answer(call.call_id, types_pb2.TOOL_STATUS_OK)
+
+    def _answer(self, call_id: str, status: types_pb2.ToolStatus.ValueType, *, reason: str = "") -> None:
+        for call, replies in self._asked.pop(call_id):
+            replies.put(_result(call, status, reason=reason))
 
 
 def _result(

@@ -1,4 +1,4 @@
-"""What asyncpg is to the services, over the model: statements that take time, connections that break around a commit."""
+"""What asyncpg is to the services, over the model: statements take time, connections break around a commit."""
 
 from __future__ import annotations
 

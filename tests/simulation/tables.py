@@ -1,7 +1,7 @@
 """A small model of the database of state: what its functions do to its tables, one statement at a time.
 
-`tests/contract/test_state_model.py` binds it to the real thing. It is written from the contract, item by item, where the
-migration works on sets; a rule that a test wants to break is a method of its own.
+`tests/contract/test_state_machine.py` binds it to the real thing. It is written item by item, where the migration works
+on sets; a rule that a test wants to break is a method of its own.
 """
 
 from __future__ import annotations
@@ -225,9 +225,8 @@ class Tables:
     def _leave_line(self, run: Row, *, moved: list[tuple[str, str, str]], was_started: bool) -> None:
         session_key = (run["tenant_id"], run["user_id"], run["session_id"])
         session = self.sessions[session_key]
-        if not was_started and self.queued.get(session_key, {}).pop(run["ordinal"], None):
-            session["waiting"] -= 1
         if not was_started:
+            session["waiting"] -= self.queued.get(session_key, {}).pop(run["ordinal"], "") != ""
             self.ready.pop((run["tenant_id"], run["run_id"]), None)
         if session["head_run_id"] == run["run_id"]:
             session["head_run_id"] = None

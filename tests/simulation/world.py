@@ -65,7 +65,7 @@ class World:
 
     def __init__(self, seed: int, *, trace: Callable[[str], None] | None = None) -> None:
         self.rng = Random(seed)
-        self.loop = SimLoop(step_seconds=self.rng.choice((0.0, 0.00002, 0.0002)))
+        self.loop = SimLoop(step_seconds=self.rng.choice((0.0, 0.00002, 0.0002)))  # type: ignore[abstract]  # no I/O here
         self.lines: list[str] = []
         self._trace = trace
         self.schema = Schema(self.database_now)
@@ -74,7 +74,7 @@ class World:
         self.network = Network(self.loop, self.rng)
         self.network.on_send = self.checker.sent
         self.network.on_receive = self._received
-        self.network.on_fault = self.checker.fail
+        self.network.on_fault = self._broke
         self.bus = Bus(self.loop, self.rng, self.checker)
         self.loop.on_kill = self.kill
         self.gateway: GatewayEngine | None = None
@@ -102,10 +102,7 @@ class World:
     def new_id(self) -> str:
         """A UUIDv7 that is the same in each replay of a history."""
         self._last_id += 1
-        return (
-            f"{int((EPOCH + self.loop.now) * 1000):012x}"[:8]
-            + f"-{self._last_id >> 32:04x}-7000-8000-{self._last_id & 0xFFFFFFFF:012x}"
-        )
+        return f"01990000-0000-7000-8000-{self._last_id:012x}"
 
     def addresses(self, kind: str) -> list[str]:
         """The addresses of one kind of process."""
@@ -151,7 +148,7 @@ class World:
         try:
             await work()
         except Exception as error:  # what a process dies of is a finding, whatever it is
-            self.checker.fail(f"a task of a process failed: {error!r}")
+            self._broke(f"a task of a process failed: {error!r}")
 
     async def _run_nothing(self, host: Host, process: Process) -> None:
         return
@@ -191,6 +188,11 @@ class World:
             self.gateway = engine
             await self.loop.create_future()
 
+    def _broke(self, what: str) -> None:
+        """Something failed that nobody expects to; what happens while all is taken down does not count."""
+        if not self.loop.is_reaping:
+            self.checker.fail(what)
+
     def _received(self, process: Process, path: str, message: Any) -> None:
         if isinstance(message, state_pb2.AppendResponse):
             for result in message.results:
@@ -210,7 +212,7 @@ class _Log:
         if world is None:
             return
         if event in FAULTS:
-            world.checker.fail(f"{event}: {fields}")
+            world._broke(f"{event}: {fields}")
         world.trace(f"{world.loop.current}: {event} {fields}")
 
     debug = info = warning = error = _note

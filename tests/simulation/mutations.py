@@ -1,0 +1,174 @@
+"""Faults put into the product, or into the model where SQL has the rule, to show that histories find them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from mainspring.v1 import events_pb2
+from mainspring_execution.core import decision, thought
+from mainspring_execution.core.progress import Progress, fold
+from mainspring_execution.engine import calls, drive
+from mainspring_execution.engine.ending import Ending
+from mainspring_execution.engine.lease import Lease
+from mainspring_execution.peers import Dispatcher
+from mainspring_kit import streams
+from mainspring_state.core import backlog
+from mainspring_state.core.append import Entry
+from mainspring_state.core.backlog import Backlog
+from mainspring_state.core.feed import Feed
+from mainspring_state.engine import follower
+from mainspring_state.engine.committer import Committer
+from mainspring_state.engine.talk import Talk
+
+from tests.simulation.leasing import Schema
+from tests.simulation.tables import Tables
+
+# Any in this module: what replaces an attribute is of the attribute's type.
+Patch = tuple[object, str, Any]
+
+
+def _yes(*_: object, **__: object) -> bool:
+    return True
+
+
+def _no(*_: object, **__: object) -> bool:
+    return False
+
+
+def _fold_without_outcomes() -> Callable[..., Progress]:
+    def forgetful(events: Iterable[events_pb2.RunEvent]) -> Progress:
+        progress = fold(events)
+        progress.outcomes.clear()
+        return progress
+
+    return forgetful
+
+
+def _deliver_early() -> Callable[..., Any]:
+    take = Committer._take
+
+    async def take_and_tell(self: Committer) -> Any:
+        waitings = await take(self)
+        for waiting in waitings:
+            entry, feed = waiting.entry, self._hub._watched.get(waiting.entry.run_key)
+            if feed is not None and not entry.is_create:
+                self._hub.take_in(entry.run_key, feed.user_id, events=entry.append.events)
+        return waitings
+
+    return take_and_tell
+
+
+def _end_twice() -> Callable[..., None]:
+    end = Ending._end
+
+    def end_twice(self: Ending, **payload: Any) -> None:
+        end(self, **payload)
+        end(self, **payload)
+
+    return end_twice
+
+
+def _since_one_later() -> Callable[..., list[bytes] | None]:
+    since = Feed.since
+
+    def later(self: Feed, after_seq: int) -> list[bytes] | None:
+        events = since(self, after_seq)
+        return events[1:] if events and len(events) > 1 else events
+
+    return later
+
+
+def _accept_one_again() -> Callable[..., int]:
+    accept = Feed.accept
+
+    def again(self: Feed, first_seq: int, events: list[bytes]) -> int:
+        return max(0, accept(self, first_seq, events) - 1)
+
+    return again
+
+
+def _no_silence(self: Schema, connected: float) -> set[str]:
+    """Whoever has not beaten this very moment is dead."""
+    return {name for (name, _), (beat_time, _) in self.executors.items() if beat_time + 1.2 <= self.now()}
+
+
+def _anybodys_run(self: Schema, tenant_id: str, user_id: str, run_id: str) -> Any:
+    run = self.runs.get((tenant_id, run_id))
+    return None if run is None else dict(run)
+
+
+async def _heal_nothing(self: Talk, feeds: Any) -> bool:
+    return True
+
+
+def _count_ids() -> Callable[..., str]:
+    numbers = iter(range(1 << 40))
+
+    def make(run_id: str, seq: int, *, index: int) -> str:
+        return f"{run_id}.{next(numbers)}.{index}"
+
+    return make
+
+
+def _in_any_order(entry: Entry) -> list[tuple[str, ...]]:
+    """Nothing keeps two appends of a run out of one batch, or in order."""
+    return [(entry.append.append_id,)]
+
+
+def _mutations() -> dict[str, list[Patch]]:
+    return {
+        "the epoch is not checked": [(Tables, "is_holder", _yes)],
+        "the seq is not checked": [(Tables, "is_next", _yes)],
+        "append ids are not compared": [(Tables, "is_repeat", _no)],
+        "finished calls are made again": [(drive, "fold", _fold_without_outcomes())],
+        "events are delivered before the commit": [(Committer, "_take", _deliver_early())],
+        "the join loses an event": [(Feed, "since", _since_one_later())],
+        "the join doubles an event": [(Feed, "accept", _accept_one_again())],
+        "gaps are not seen": [(Feed, "misses", _no)],
+        "missed events are not read": [(Talk, "_heal_all", _heal_nothing)],
+        "the lease is not looked at": [(Lease, "is_held", property(_yes))],
+        "living executors are taken for dead": [(Schema, "silent", _no_silence)],
+        "call ids are not of the seq": [(thought, "make_call_id", _count_ids())],
+        "the end is appended twice": [(Ending, "_end", _end_twice()), (Tables, "is_legal", _yes)],
+        "effects do not wait for their intent": [(calls, "needs_durable_intent", _no)],
+        "unsafe calls are made again after a takeover": [(decision, "may_repeat", _yes)],
+        "a broken stream sends unsafe calls again": [(Dispatcher, "__init__", _dispatcher_without_loss())],
+        "a broken stream sends nothing again": [(streams._Link, "rewind", _rewind_nothing)],
+        "provider state is shown": [(follower, "public", list)],
+        "rows of others are shown": [(Schema, "get_run", _anybodys_run)],
+        "a batch holds a run twice": [(backlog, "_keys", _in_any_order)],
+        "a stale append leaves its successors": [(Backlog, "drop_successors", lambda self, entry: [])],
+    }
+
+
+def _dispatcher_without_loss() -> Callable[..., None]:
+    make = Dispatcher.__init__
+
+    def init(self: Dispatcher, peer: Any) -> None:
+        make(self, peer)
+        self.calls._lost = lambda _: None
+
+    return init
+
+
+def _rewind_nothing(self: Any, lost: object) -> None:
+    self.unsent.clear()
+
+
+MUTATIONS: Final = _mutations()
+
+
+@contextmanager
+def mutated(name: str) -> Iterator[None]:
+    """While the block runs, the product is wrong in this way."""
+    patches = MUTATIONS[name] if name else []
+    originals = [vars(owner)[attribute] for owner, attribute, _ in patches]
+    for owner, attribute, replacement in patches:
+        setattr(owner, attribute, replacement)
+    try:
+        yield
+    finally:
+        for (owner, attribute, _), original in zip(patches, originals, strict=True):
+            setattr(owner, attribute, original)

@@ -1,0 +1,38 @@
+"""Whatever is killed, stopped, cut off, late or sent twice: the invariants hold in every history, at every step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.simulation
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_simulation(*arguments: str, timeout_seconds: float) -> tuple[int, str]:
+    """Plays histories in processes of their own, where no clock but theirs is changed; exit code and output."""
+    command = [sys.executable, "-m", "tests.simulation", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_seconds)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_every_invariant_holds_in_500_histories() -> None:
+    code, output = run_simulation("1", "--histories", "500", "--processes", "2", timeout_seconds=100)
+    assert code == 0, output
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_every_invariant_holds_in_10_000_histories() -> None:
+    code, output = run_simulation("1000000", "--histories", "10000", "--processes", "2", timeout_seconds=360)
+    assert code == 0, output
+
+
+def test_a_history_is_the_same_in_each_replay() -> None:
+    first, second = (run_simulation("7", timeout_seconds=60) for _ in range(2))
+    assert first == second
+    assert "all invariants hold" in first[1]
