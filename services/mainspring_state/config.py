@@ -30,7 +30,7 @@ class StateSettings(ServiceSettings):
     broken_lease_seconds: float = Field(
         1.0, ge=0.1, le=600, description="the same, once its heartbeat stream has broken"
     )
-    claim_seconds: float = Field(1.0, ge=0.05, le=60, description="longest time between two looks for claimable runs")
+    claim_seconds: float = Field(0.5, ge=0.05, le=60, description="longest time between two looks for claimable runs")
 
 
 class MigrateSettings(ProcessSettings):
