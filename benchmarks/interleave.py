@@ -21,6 +21,8 @@ CALLERS: Final = (1, 64)
 SECONDS_MAX: Final = 2.0
 WARM_UP_SECONDS: Final = 1.0
 IDLE_SECONDS: Final = 3.0
+# The platform's own is 0.
+REDIS_DATABASE: Final = 1
 # Figure of the ratio -> whether more is better: above 1, a ratio always says that ours is better.
 COMPARED: Final = {"runs_per_second": True, "p50_ms": False, "cpu_ms_per_run": False}
 
@@ -48,7 +50,7 @@ async def _rounds(
     """Ours, a peer, ours, the next peer, and so on, so many times."""
     pairs: dict[str, list[Pair]] = {peer.name: [] for peer in peers}
     for number in range(repeat):
-        for peer in list(peers):
+        for peer in [peer for peer in peers if number < peer.rounds_max]:
             progress(f"{callers} callers, round {number + 1} of {repeat}: mainspring and {peer.name}")
             mine = await ours.measure(callers, seconds)
             try:
@@ -116,16 +118,17 @@ async def _columns(program: Program, running: Stack, folder: Path, *, report: Re
     own = folder / program.name
     own.mkdir()
     database = f"peer_{program.name}"
-    others = {"postgres": running.pids.get("postgres", [])} if program.uses_postgres else {}
+    others = {name: running.pids.get(name, []) for name in program.uses}
     async with child(
         program.python, f"benchmarks.peers.{program.name}.program", log=folder / f"{program.name}.log"
     ) as peer:
         await _make_database(running.database_url, database)
         url = urlsplit(running.database_url)._replace(path=f"/{database}").geturl()
-        await peer.prepare(database_url=url, folder=own, callers=max(CALLERS))
+        redis_url = urlsplit(running.redis_url)._replace(query=f"db={REDIS_DATABASE}").geturl()
+        await peer.prepare(database_url=url, redis_url=redis_url, folder=own, callers=max(CALLERS))
         report.versions |= {f"{program.name}: {package}": number for package, number in peer.versions.items()}
         yield [
-            PeerLoad(name, variant, peer=peer, others=others, report=report)
+            PeerLoad(name, variant, peer=peer, others=others, report=report, rounds_max=program.rounds_max)
             for name, variant in program.columns.items()
         ]
 

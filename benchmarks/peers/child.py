@@ -16,7 +16,7 @@ from benchmarks.harness import Cpu, Report, Slice, percentile, under_test, yards
 from benchmarks.peers.environment import SOURCES, UnavailableError
 
 PREPARE_SECONDS_MAX: Final = 90.0
-WAIT_SECONDS_MAX: Final = 10.0
+WAIT_SECONDS_MAX: Final = 8.0
 STOP_SECONDS_MAX: Final = 10.0
 
 _GRACE_SECONDS: Final = 15.0
@@ -33,9 +33,10 @@ class Child:
         self.pids: Mapping[str, Sequence[int]] = {}
         self.versions: Mapping[str, str] = {}
 
-    async def prepare(self, *, database_url: str, folder: Path, callers: int) -> None:
+    async def prepare(self, *, database_url: str, redis_url: str, folder: Path, callers: int) -> None:
         """Lets it start what it needs."""
-        await self._send(op="prepare", database_url=database_url, folder=str(folder), callers=callers)
+        urls = {"database_url": database_url, "redis_url": redis_url}
+        await self._send(op="prepare", **urls, folder=str(folder), callers=callers)
         ready = await self._receive(PREPARE_SECONDS_MAX)
         self.pids, self.versions = ready["pids"], ready["versions"]
 
@@ -109,9 +110,17 @@ class PeerLoad:
     """One variant of a peer under back-to-back runs: a `Subject`. `others` work for it beside its own processes."""
 
     def __init__(
-        self, name: str, variant: str, *, peer: Child, others: Mapping[str, Sequence[int]], report: Report
+        self,
+        name: str,
+        variant: str,
+        *,
+        peer: Child,
+        others: Mapping[str, Sequence[int]],
+        report: Report,
+        rounds_max: int = 1,
     ) -> None:
         self.name = name
+        self.rounds_max = rounds_max
         self._variant = variant
         self._peer = peer
         self._pids = {**peer.pids, **others}

@@ -32,8 +32,10 @@ class Program:
     name: str
     columns: dict[str, str]
     python_least: tuple[int, int] = (3, 11)
-    # Whether it keeps its runs in the PostgreSQL server that it is given, whose CPU then counts for it.
-    uses_postgres: bool = True
+    # A slow one with many callers takes long to begin and to end a slice.
+    rounds_max: int = 100
+    # Which of the platform's servers it uses: their CPU then counts for it.
+    uses: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -80,9 +82,11 @@ class Program:
 
 
 PROGRAMS: Final = (
-    Program("dbos", {"dbos": "stream", "dbos_steps": "steps"}),
-    Program("langgraph", {"langgraph": "graph"}),
-    Program("restate", {"restate": "steps"}, uses_postgres=False),
+    Program("dbos", {"dbos": "stream", "dbos_steps": "steps"}, uses=("postgres",)),
+    Program("langgraph", {"langgraph": "graph"}, uses=("postgres",)),
+    Program("restate", {"restate": "steps"}),
+    Program("aegra", {"aegra": "graph"}, python_least=(3, 12), rounds_max=3, uses=("postgres", "redis")),
+    Program("temporal", {"temporal": "activities"}, rounds_max=2),
 )
 
 

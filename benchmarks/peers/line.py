@@ -31,9 +31,10 @@ Say = Callable[[Mapping[str, Any]], None]  # Any: JSON
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a platform is prepared with: a database of its own, a folder of its own, the most callers it gets."""
+    """What a platform is prepared with: databases and a folder of its own, and the most callers it gets."""
 
     database_url: str
+    redis_url: str
     folder: str
     callers: int
 

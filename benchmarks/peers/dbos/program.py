@@ -1,9 +1,9 @@
 """W1's look-up as a DBOS workflow: two model steps and a tool step; `stream` also writes five events for a live reader.
 
 Settings: asynchronous workflows on uvloop, since these were as fast as threads or faster at 64 callers; LISTEN/NOTIFY
-on and notifications coalesced for 10 ms, which are the defaults; a pool of 32 connections instead of 20, half of them
-for readers, as by default (more made no difference); logging of warnings only. Callers and workflows share a process,
-as in an application that embeds DBOS. The workflow closes its stream, so that the reader need not poll for its end.
+on, notifications coalesced for 10 ms, a pool of 20 connections, half of them for readers, which all are the defaults
+(shorter coalescing and larger pools made no difference); logging of warnings only. Callers and workflows share a
+process, as in an application that embeds DBOS. The workflow closes its stream, so that no reader polls for its end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dbos import DBOS
 
 from benchmarks.peers import line
 
-POOL_SIZE = 32
 STREAM = "events"
 EVENTS = ["agent_started", "agent_thinking", "tool_executing", "tool_completed", "agent_completed"]
 
@@ -84,7 +83,6 @@ async def prepare(order: line.Order) -> AsyncIterator[line.Prepared]:
         config={
             "name": "lookup",
             "system_database_url": order.database_url,
-            "sys_db_pool_size": POOL_SIZE,
             "log_level": "WARNING",
         }
     )

@@ -8,11 +8,8 @@ keep their connections. PostgreSQL has no part in it. It has no stream of events
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import aiohttp
 import uvloop
 
 from benchmarks.peers import line
+from benchmarks.peers.servers import free_port, server
 
 READY_SECONDS_MAX = 60.0
 POLL_SECONDS = 0.1
@@ -30,7 +28,7 @@ SERVER = "node_modules/@restatedev/restate-server-*/bin/restate-server"
 @asynccontextmanager
 async def prepare(order: line.Order) -> AsyncIterator[line.Prepared]:
     """The server and the service as children of this process, everything stored in the folder given."""
-    node, admin, ingress, service = (_free_port() for _ in range(4))
+    node, admin, ingress, service = (free_port() for _ in range(4))
     settings = {
         "RESTATE_BASE_DIR": order.folder,
         "RESTATE_NODE_NAME": "peer",
@@ -42,21 +40,12 @@ async def prepare(order: line.Order) -> AsyncIterator[line.Prepared]:
         "RESTATE_DISABLE_TELEMETRY": "true",
         "RESTATE_LOG_FILTER": "error",
     }
-    serve = ["--interface", "asginl", "--http", "2", "--loop", "uvloop", "--log-level", "warning"]
-    server = next(_server_binaries())
+    serve = ["--interface", "asginl", "--http", "2", "--loop", "uvloop", "--port", str(service), "--log-level", "error"]
+    binary = next(_server_binaries())
     async with AsyncExitStack() as held:
-        server_pid = await held.enter_async_context(_child(str(server), "--no-logo", env=settings))
+        server_pid = await held.enter_async_context(server(str(binary), "--no-logo", env=settings))
         service_pid = await held.enter_async_context(
-            _child(
-                sys.executable,
-                "-m",
-                "granian",
-                *serve,
-                "--port",
-                str(service),
-                "benchmarks.peers.restate.service:app",
-                env={},
-            )
+            server(sys.executable, "-m", "granian", *serve, "benchmarks.peers.restate.service:app")
         )
         connector = aiohttp.TCPConnector(limit=order.callers)
         client = await held.enter_async_context(aiohttp.ClientSession(connector=connector))
@@ -67,19 +56,6 @@ async def prepare(order: line.Order) -> AsyncIterator[line.Prepared]:
                 return await answer.json() if answer.status == 200 else await answer.text()
 
         yield line.Prepared({"steps": run}, {"restate server": [server_pid], "service": [service_pid]})
-
-
-@asynccontextmanager
-async def _child(*argv: str, env: Mapping[str, str]) -> AsyncIterator[int]:
-    """A child in a process group of its own, which is killed at the end: nothing that it keeps is needed again."""
-    process = await asyncio.create_subprocess_exec(
-        *argv, env={**os.environ, **env}, stdin=asyncio.subprocess.DEVNULL, stdout=2, start_new_session=True
-    )
-    try:
-        yield process.pid
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
 
 
 async def _register(client: aiohttp.ClientSession, admin_url: str, service_url: str) -> None:
@@ -104,13 +80,6 @@ async def _register(client: aiohttp.ClientSession, admin_url: str, service_url: 
 
 def _server_binaries() -> Iterator[Path]:
     return Path(sys.prefix).glob(SERVER)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 async def peer(tmp_path: Path) -> AsyncIterator[Child]:
     async with child(Path(sys.executable), "tests.unit.benchmarks.sample_peer", log=tmp_path / "log") as running:
-        await running.prepare(database_url="postgresql://nowhere", folder=tmp_path, callers=2)
+        await running.prepare(database_url="", redis_url="", folder=tmp_path, callers=2)
         yield running
 
 
@@ -114,7 +114,7 @@ async def test_the_death_of_a_peer_is_told_with_its_last_words(peer: Child) -> N
 async def test_a_program_that_can_not_start_is_unavailable(tmp_path: Path) -> None:
     async with child(Path(sys.executable), "tests.unit.benchmarks.nowhere", log=tmp_path / "log") as running:
         with pytest.raises(UnavailableError, match="No module named"):
-            await running.prepare(database_url="", folder=tmp_path, callers=1)
+            await running.prepare(database_url="", redis_url="", folder=tmp_path, callers=1)
 
 
 def test_no_run_has_no_latency() -> None:

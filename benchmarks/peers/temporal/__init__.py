@@ -1,0 +1,1 @@
+"""Temporal's development server with a worker of its Python SDK."""
