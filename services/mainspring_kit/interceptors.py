@@ -58,9 +58,8 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(self._streaming(method, handler.stream_stream), read, out)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._streaming(method, handler.unary_stream, read=read), None, out
-            )
+            call = self._streaming(method, handler.unary_stream, read=read)
+            return grpc.unary_stream_rpc_method_handler(call, None, out)
         return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary, read=read), None, out)
 
     def _unary(self, method: str, behaviour: Any, *, read: _Read) -> Callable[..., Awaitable[Any]]:
@@ -78,6 +77,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 with self._admit(method, context) as caller:
                     if read is not None:
                         validate(request := read(request))
+                    await context.send_initial_metadata(())  # with a first write it could be cut off, and block the end
                     call_tasks.set(tasks)
                     responses = behaviour(request, context)
                     expiry = asyncio.timeout(caller.principal.expire_time - time.time())

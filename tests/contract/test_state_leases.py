@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -37,6 +38,7 @@ grpc_service = "State"
 
 # Any in this module: generated stubs and calls have no common base.
 
+STREAMS = 20
 RECOVERED = events_pb2.RunEvent(run_recovered=events_pb2.RunRecovered(attempt=1))
 
 
@@ -338,3 +340,18 @@ async def test_a_beat_needs_an_executor(aio_stub: Any, identities: Identities) -
     with pytest.raises(grpc.RpcError) as raised:
         await call.read()
     assert error_of(raised.value).reason == "REQUEST_INVALID"
+
+
+def test_a_stream_that_breaks_while_its_first_answer_is_on_the_way_ends_with_a_reason(
+    grpc_channel: grpc.Channel, identities: Identities
+) -> None:
+    beat = state_pb2.HeartbeatRequest(executor_id=unique("executor"), beat=1).SerializeToString()
+    multi: Any = grpc_channel.stream_stream("/mainspring.v1.StateService/Heartbeat")
+
+    def reason(_: int) -> str:
+        with pytest.raises(grpc.RpcError) as raised:
+            list(multi(iter([beat, b"no message"]), metadata=identities.service_metadata(), timeout=TIMEOUT))
+        return error_of(raised.value).reason
+
+    with ThreadPoolExecutor(STREAMS) as threads:
+        assert set(threads.map(reason, range(STREAMS))) == {"REQUEST_INVALID"}
