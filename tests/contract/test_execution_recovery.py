@@ -268,6 +268,23 @@ async def test_a_lapse_of_the_lease_while_a_run_is_created_lets_its_first_effect
         assert (await ann.end_of(run_id)).state == types_pb2.RUN_STATE_COMPLETED
 
 
+async def test_after_a_lapse_the_next_append_tells_whose_a_run_is(
+    ann: Caller, settings: ExecutionSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    echo = call("diagnostics.echo", value=1)
+    await ann.register(
+        scripted_agent("lapsing", step("1", call("diagnostics.sleep", seconds=0.5)), step("2", echo), DONE)
+    )
+    async with doomed(settings) as execution:
+        run_id = await start_on(execution, ann, agent="lapsing")
+        await ann.reached(run_id, "tool_executing")
+        asked = caplog.text.count("StateService/GetRun")
+        execution.around.lease.lapses += 1
+        await ann.reached(run_id, "agent_completed")
+        assert caplog.text.count("StateService/GetRun") == asked
+
+
 async def is_waited_for(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
     """Whether a statement waits for a lock that somebody holds."""
     waiting: int = await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted")

@@ -277,6 +277,8 @@ class Drive:
         ):
             return
         must_be_durable = self._calls.intend(plan, planned)
+        if not await self._hold_lease():
+            return
         self._journal.flush()
         if must_be_durable:
             await self._wait_durable()
@@ -302,19 +304,29 @@ class Drive:
     async def _hold_lease(self) -> bool:
         """Whether an effect may start now; waits for the lease where it lapsed. False: look at the interrupts."""
         lease = self._around.lease
-        while not lease.is_held:
+        while not lease.is_held or lease.lapses != self.lapses:
             if self.attention.is_interrupted:
                 return False
-            await self.attention.listen(lease.wait_held())
-        if lease.lapses != self.lapses:
             lapses = lease.lapses
-            run = await self._reach(self._get_run)
-            if run is None:
+            if not lease.is_held:
+                await self.attention.listen(lease.wait_held())
+            elif await self._is_still_held():
+                self.lapses = lapses
+            else:
                 return False
-            if run.epoch != self._journal.epoch:
-                self.attention.abandon()
-                return False
-            self.lapses = lapses
+        return True
+
+    async def _is_still_held(self) -> bool:
+        """After a lapse another executor may hold the run: an append that is taken says no, else state is asked."""
+        if self._journal.flush():
+            await self._wait_durable()
+            return not self.attention.is_interrupted
+        run = await self._reach(self._get_run)
+        if run is None:
+            return False
+        if run.epoch != self._journal.epoch:
+            self.attention.abandon()
+            return False
         return True
 
     async def _mend(self) -> bool:

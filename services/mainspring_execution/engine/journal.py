@@ -75,10 +75,10 @@ class Journal:
         self._pending_bytes += size_bytes
         return event
 
-    def flush(self, consumed_request_ids: Sequence[str] = ()) -> None:
-        """Sends what is pending as one append. Its answer is awaited by nobody here; see `is_settled` and `trouble`."""
+    def flush(self, consumed_request_ids: Sequence[str] = ()) -> bool:
+        """Sends what is pending, if anything, as one append. Nobody here awaits the answer: `is_settled`, `trouble`."""
         if not self._pending:
-            return
+            return False
         append_id = new_id()
         for event in self._pending:
             event.append_id = append_id
@@ -94,6 +94,7 @@ class Journal:
         self._pending = []
         self._pending_bytes = 0
         self._post(append)
+        return True
 
     def restore(self, progress: Progress) -> None:
         """Goes on from what is durable; what is pending or was refused is forgotten."""
