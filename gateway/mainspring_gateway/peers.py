@@ -170,7 +170,7 @@ async def _answer(peer: str, call: Awaitable[Answer]) -> Answer:
         return await call
     except grpc.RpcError as rpc_error:
         error = from_rpc_error(rpc_error)
-        if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if not error.metadata and error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             error = MainspringError(
                 Reason.PEER_UNAVAILABLE, f"The service {peer} did not answer in time: try again.", peer=peer
             )

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from mainspring.v1 import registry_pb2, registry_pb2_grpc, types_pb2
 from mainspring_kit.channel import Peer
-from mainspring_kit.errors import from_rpc_error
+from mainspring_kit.errors import MainspringError, Reason, from_rpc_error
 from mainspring_kit.identity import UserExecutionContext
 
 
@@ -26,8 +26,13 @@ class Registry:
         request = registry_pb2.RegisterToolsRequest(tools=tools)
         try:
             answer = await self._stub.RegisterTools(request, **self._peer.call(context))
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+        except grpc.aio.AioRpcError as failed:
+            error = from_rpc_error(failed)
+            if not error.metadata and error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                # Its deadline is ours, not the worker's.
+                message = "The registry did not answer: attach again."
+                error = MainspringError(Reason.PEER_UNAVAILABLE, message, peer="registry")
+            raise error from failed
         return list(answer.tools)
 
     def watch(self, after_revision: int) -> grpc.aio.UnaryStreamCall[Any, Any]:  # Any: as grpc's own stubs

@@ -20,7 +20,7 @@ from mainspring.v1 import (
     types_pb2,
 )
 from mainspring_kit.channel import Peer
-from mainspring_kit.errors import Reason, from_rpc_error
+from mainspring_kit.errors import MainspringError, Reason, from_rpc_error
 from mainspring_kit.identity import UserExecutionContext
 from mainspring_kit.streams import BatchPool
 
@@ -41,12 +41,15 @@ CatalogCall = grpc.aio.UnaryStreamCall[Any, Any]
 
 
 @asynccontextmanager
-async def _errors() -> AsyncIterator[None]:
-    """Turns a failed call's status into the platform's error."""
+async def _errors(peer: str) -> AsyncIterator[None]:
+    """Turns a failed call's status into the platform's error. Its deadline is ours: who is late is unavailable."""
     try:
         yield
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
+    except grpc.aio.AioRpcError as failed:
+        error = from_rpc_error(failed)
+        if not error.metadata and error.code in UNREACHED:
+            error = MainspringError(Reason.PEER_UNAVAILABLE, f"The {peer} did not answer: try again.", peer=peer)
+        raise error from failed
 
 
 class State:
@@ -80,7 +83,7 @@ class State:
 
     async def get_run(self, context: UserExecutionContext, run_id: str) -> types_pb2.Run:
         """One run of the context's user; RUN_NOT_FOUND."""
-        async with _errors():
+        async with _errors("state"):
             answer = await self._stub.GetRun(state_pb2.GetRunRequest(run_id=run_id), **self._peer.call(context))
         return answer.run
 
@@ -89,7 +92,7 @@ class State:
         timeout = duration_pb2.Duration()
         timeout.FromNanoseconds(int(seconds * 1e9))
         request = state_pb2.WaitRunRequest(run_id=run_id, timeout=timeout)
-        async with _errors():
+        async with _errors("state"):
             answer = await self._stub.WaitRun(
                 request, **self._peer.call(context, timeout_seconds=seconds + WAIT_MARGIN_SECONDS)
             )
@@ -101,7 +104,7 @@ class State:
         while True:
             after_seq = events[-1].seq if events else 0
             request = state_pb2.ReadEventsRequest(run_id=run_id, after_seq=after_seq, page_size=EVENTS_PAGE)
-            async with _errors():
+            async with _errors("state"):
                 page = await self._stub.ReadEvents(request, **self._peer.call(context))
             events.extend(page.events)
             if not page.events or events[-1].seq >= page.last_seq:
@@ -114,7 +117,7 @@ class State:
         request = state_pb2.ListRunsRequest(
             session_id=context.session_id, states=[types_pb2.RUN_STATE_COMPLETED], page_size=runs_max
         )
-        async with _errors():
+        async with _errors("state"):
             page = await self._stub.ListRuns(request, **self._peer.call(context))
         return sorted((run for run in page.runs if run.ordinal < before_ordinal), key=lambda run: run.ordinal)
 
@@ -125,7 +128,7 @@ class State:
         request = state_pb2.PutInputRequest(
             run_id=run_id, request_id=request_id, cancel=state_pb2.CancelInput(reason=reason)
         )
-        async with _errors():
+        async with _errors("state"):
             answer = await self._stub.PutInput(request, **self._peer.call(context))
         return answer.input
 
@@ -183,7 +186,7 @@ class Registry:
     async def resolve(self, context: UserExecutionContext, name: str, *, alias: str, version: str) -> types_pb2.Agent:
         """The version to run; AGENT_NOT_FOUND, VERSION_NOT_FOUND."""
         request = registry_pb2.ResolveAgentRequest(name=name, alias=alias, version=version)
-        async with _errors():
+        async with _errors("registry"):
             answer = await self._stub.ResolveAgent(request, **self._peer.call(context))
         return answer.agent
 
@@ -192,7 +195,7 @@ class Registry:
         tools: list[types_pb2.Tool] = []
         request = registry_pb2.ListToolsRequest(page_size=TOOLS_PAGE)
         while True:
-            async with _errors():
+            async with _errors("registry"):
                 page = await self._stub.ListTools(request, **self._peer.call(context))
             tools.extend(page.tools)
             request.page_token = page.next_page_token

@@ -102,6 +102,8 @@ class MainspringError(Exception):
         if retry_after_seconds is None and self.code in _RETRYABLE:
             retry_after_seconds = RETRY_DELAY_SECONDS_DEFAULT
         self.retry_after_seconds = retry_after_seconds
+        if not violations and metadata.get("field") and self.code is grpc.StatusCode.INVALID_ARGUMENT:
+            violations = [Violation(str(metadata["field"]), self.message)]
         self.violations = tuple(violations[:VIOLATIONS_MAX])
         self.metadata: dict[str, str] = {key: str(value) for key, value in metadata.items()}
 
@@ -137,10 +139,8 @@ def to_status(error: MainspringError) -> status_pb2.Status:
         delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
         _add(status, error_details_pb2.RetryInfo(retry_delay=delay))
     if error.violations:
-        fields = [
-            error_details_pb2.BadRequest.FieldViolation(field=fault.field, description=fault.description)
-            for fault in error.violations
-        ]
+        fault_of = error_details_pb2.BadRequest.FieldViolation
+        fields = [fault_of(field=fault.field, description=fault.description) for fault in error.violations]
         _add(status, error_details_pb2.BadRequest(field_violations=fields))
     first_key, first_value = next(iter(error.metadata.items()), ("", ""))
     if error.code is grpc.StatusCode.NOT_FOUND:

@@ -297,7 +297,7 @@ async def test_a_reader_that_is_too_slow_loses_its_stream_and_nothing_else(
     with pytest.raises(grpc.RpcError) as raised:
         await slow.ended()
     error = error_of(raised.value)
-    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "SLOW_CONSUMER")
+    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER")
     # What it has is one piece, and it can go on from there.
     assert slow.seqs() == list(range(1, len(slow.seqs()) + 1))
     again = Watcher(aio_stub, metadata)

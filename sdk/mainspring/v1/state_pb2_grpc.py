@@ -267,8 +267,8 @@ class StateServiceServicer:
     def Follow(self, request_iterator, context):
         """Follows many runs over one stream: each subscription first replays the log after its seq, says
         caught_up once, then goes on live, without gap or duplicate, until the terminal event or an
-        unsubscribe. Each subscription is checked as the user it names. UNAVAILABLE when the reader
-        is too slow: subscribe again with the last seq seen.
+        unsubscribe. Each subscription is checked as the user it names. RESOURCE_EXHAUSTED /
+        SLOW_CONSUMER when the reader is too slow: subscribe again with the last seq seen.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

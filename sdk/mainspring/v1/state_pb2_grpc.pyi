@@ -62,8 +62,8 @@ class StateServiceStub:
     Follow: _grpc.StreamStreamMultiCallable[_state_pb2.FollowRequest, _state_pb2.FollowResponse]
     """Follows many runs over one stream: each subscription first replays the log after its seq, says
     caught_up once, then goes on live, without gap or duplicate, until the terminal event or an
-    unsubscribe. Each subscription is checked as the user it names. UNAVAILABLE when the reader
-    is too slow: subscribe again with the last seq seen.
+    unsubscribe. Each subscription is checked as the user it names. RESOURCE_EXHAUSTED /
+    SLOW_CONSUMER when the reader is too slow: subscribe again with the last seq seen.
     """
     GetRun: _grpc.UnaryUnaryMultiCallable[_state_pb2.GetRunRequest, _state_pb2.GetRunResponse]
     """Reads one run of the caller's. NOT_FOUND / RUN_NOT_FOUND otherwise."""
@@ -160,8 +160,8 @@ class StateServiceAsyncStub(StateServiceStub):
     Follow: _aio.StreamStreamMultiCallable[_state_pb2.FollowRequest, _state_pb2.FollowResponse]  # type: ignore[assignment]
     """Follows many runs over one stream: each subscription first replays the log after its seq, says
     caught_up once, then goes on live, without gap or duplicate, until the terminal event or an
-    unsubscribe. Each subscription is checked as the user it names. UNAVAILABLE when the reader
-    is too slow: subscribe again with the last seq seen.
+    unsubscribe. Each subscription is checked as the user it names. RESOURCE_EXHAUSTED /
+    SLOW_CONSUMER when the reader is too slow: subscribe again with the last seq seen.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_state_pb2.GetRunRequest, _state_pb2.GetRunResponse]  # type: ignore[assignment]
     """Reads one run of the caller's. NOT_FOUND / RUN_NOT_FOUND otherwise."""
@@ -291,8 +291,8 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_state_pb2.FollowResponse], _abc.AsyncIterator[_state_pb2.FollowResponse]]:
         """Follows many runs over one stream: each subscription first replays the log after its seq, says
         caught_up once, then goes on live, without gap or duplicate, until the terminal event or an
-        unsubscribe. Each subscription is checked as the user it names. UNAVAILABLE when the reader
-        is too slow: subscribe again with the last seq seen.
+        unsubscribe. Each subscription is checked as the user it names. RESOURCE_EXHAUSTED /
+        SLOW_CONSUMER when the reader is too slow: subscribe again with the last seq seen.
         """
 
     @_abc_1.abstractmethod

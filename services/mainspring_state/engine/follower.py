@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import grpc
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, Reason, to_status
 from mainspring_kit.identity import Caller, UserExecutionContext
@@ -322,7 +321,6 @@ class Follower:
         self._failure = MainspringError(
             Reason.SLOW_CONSUMER,
             f"{cause.message} Follow again after the last seq seen.",
-            code=grpc.StatusCode.UNAVAILABLE,
             limit=self._limits.deliveries_max,
         )
         self._leave()

@@ -56,6 +56,12 @@ def test_violations_are_listed_and_capped() -> None:
     assert [fault.field for fault in again.violations] == [f"field{number}" for number in range(20)]
 
 
+def test_an_invalid_field_is_a_violation_by_itself() -> None:
+    status = to_status(MainspringError(Reason.REQUEST_INVALID, "The events are too many.", field="events"))
+    (violation,) = detail(status, error_details_pb2.BadRequest).field_violations
+    assert (violation.field, violation.description) == ("events", "The events are too many.")
+
+
 def test_a_status_of_other_origin_becomes_the_nearest_reason() -> None:
     assert from_status(status_pb2.Status(code=code_pb2.UNAVAILABLE, message="gone")).reason_name == "PEER_UNAVAILABLE"
     assert from_status(status_pb2.Status(code=code_pb2.DATA_LOSS, message="?")).reason_name == "INTERNAL"
