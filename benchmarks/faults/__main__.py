@@ -6,6 +6,7 @@ Prints what was done and what it cost; exit code 1 when anything was lost, doubl
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tempfile
 from argparse import Namespace
@@ -45,7 +46,7 @@ def main() -> int:
     )
     options.add_argument("--logs", default="", help="folder that gets the processes' logs")
     arguments = options.parse_args()
-    report = Report("faults", arguments.seed)
+    report = Report(f"faults --target {arguments.target}", arguments.seed)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(drill(arguments, report))
     report.show(as_json=arguments.json)
@@ -55,13 +56,15 @@ def main() -> int:
 async def drill(arguments: Namespace, report: Report) -> None:
     """The whole of it: a stack, its peak, the storm, the calm, the check."""
     replicas = parse_replicas(arguments.replicas)
+    # Of the last minute: how much else the machine has to do.
+    report.figures["load_average"] = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory(prefix="mainspring-faults-", ignore_cleanup_errors=True) as folder:
         data, effects = Path(folder) / "data", Path(folder) / "effects"
         effects.mkdir()
         async with stack(data_dir=data, replicas=replicas, log_level="info") as running:
             rate = arguments.rate or await measure_peak(running) / 2 / MIX_WEIGHT
             report.figures |= {"rate": round(rate, 1), "seconds": arguments.seconds}
-            progress(f"{rate:.0f} runs a second for {arguments.seconds:g} s")
+            progress(f"{rate:.0f} runs a second for {arguments.seconds:g} s, seed {arguments.seed}")
             for spec in agents():
                 await register(running, spec)
             weather = Weather(running, arguments.target, seed=arguments.seed, replicas=replicas)
@@ -130,14 +133,14 @@ def add_weather(report: Report, load: Load, weather: Weather) -> None:
     report.figures |= {"faults": len(weather.faults), "stalled": len(found)}
     for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
         report.figures[f"takeover_{name}_s"] = round(percentile(found, share), 3) if found else 0.0
-    for label, count in sorted(Counter(f"{fault.kind} {fault.target}" for fault in weather.faults).items()):
-        these = [fault for fault in weather.faults if f"{fault.kind} {fault.target}" == label]
-        times = takeovers(these, load.runs, openings)
-        report.figures["faults_" + label.replace(" ", "_")] = count
+    for label, count in sorted(Counter(fault.name for fault in weather.faults).items()):
+        these = [fault for fault in weather.faults if fault.name == label]
+        times = [round(seconds, 3) for seconds in takeovers(these, load.runs, openings)]
+        told: dict[str, float] = {"count": count, "stalled": len(times)}
         if times:
-            report.notes.append(
-                f"{label}: {len(times)} runs stalled, p50 {percentile(times, 0.5):.2f} s, longest {max(times):.2f} s"
-            )
+            told |= {"p50": percentile(times, 0.5), "p99": percentile(times, 0.99), "max": max(times)}
+        report.spreads[label] = told
+        report.notes.append(f"{label}: " + ", ".join(f"{name} {value:g}" for name, value in told.items()))
     counts = {name: count for name, count in load.ledger.counts.items() if name not in BREACHES}
     report.notes.append("clients: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
 

@@ -56,8 +56,8 @@ class _Socket(WSListener):
         self._time = asyncio.get_running_loop().time
         self._transport: WSTransport | None = None
         self.next_seqs: dict[str, int] = {}
-        # Starts that were sent again on it, and the runs that their first sending may have made: the answer to the second
-        # is followed from the beginning.
+        # Starts that were sent again on it, and the runs that their first sending may have made: the second answer is
+        # followed from the beginning.
         self.repeated: set[str] = set()
         self.suspects: set[str] = set()
         self.heard_time = self._time()

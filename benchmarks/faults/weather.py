@@ -19,6 +19,8 @@ PROCESSES: Final = ("state", "execution", "dispatcher", "gateway", "worker")
 TARGETS: Final = (*PROCESSES, "postgres", "redis")
 STOP_SECONDS: Final = (0.5, 6.0)
 WINDOW_SECONDS: Final = (0.5, 4.0)
+# Long enough for marked runs to begin and to come to where they are refused.
+VALUE_SECONDS: Final = (3.0, 5.0)
 # Between the end of a fault, when everything serves again, and the next one.
 CALM_SECONDS: Final = (0.5, 2.0)
 SERVE_SECONDS: Final = 60.0
@@ -41,9 +43,9 @@ class Fault:
     since_time: float
 
     @property
-    def label(self) -> str:
-        """As in `stop state.1`."""
-        return f"{self.kind} {self.target}.{self.index}" if self.target in PROCESSES else f"{self.kind} {self.target}"
+    def name(self) -> str:
+        """As in `stop state`."""
+        return f"{self.kind} {self.target}"
 
 
 def draw_deck(target: str, chance: random.Random) -> list[tuple[str, str]]:
@@ -154,12 +156,12 @@ class Weather:
         begin = self._clock()
         async with self._database.trigger("value"):
             self.is_refusing = True
-            await self._pass_window()
+            await self._pass_window(VALUE_SECONDS)
             self.is_refusing = False
         return begin
 
-    async def _pass_window(self) -> None:
-        await asyncio.sleep(self._chance.uniform(*WINDOW_SECONDS))
+    async def _pass_window(self, seconds: tuple[float, float] = WINDOW_SECONDS) -> None:
+        await asyncio.sleep(self._chance.uniform(*seconds))
 
     def _goes_on_without(self, target: str) -> bool:
         """Whether runs can go on while one process of the target is away."""
