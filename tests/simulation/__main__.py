@@ -53,18 +53,19 @@ def main() -> int:
             outcome = play(asked.seed, trace=lambda line: print(line))
         print(*outcome.violations or ["all invariants hold"], sep="\n")
         return bool(outcome.violations)
+    option = f' --mutation "{asked.mutation}"' if asked.mutation else ""
     began = time.perf_counter()
-    failed, played = [], 0
+    failed: list[Outcome] = []
+    played = 0
     seeds = range(asked.seed, asked.seed + asked.histories)
     for outcomes in play_many(seeds, processes=asked.processes, mutation=asked.mutation):
+        for outcome in outcomes[: max(0, SHOWN_MAX - len(failed))]:
+            print(f"seed {outcome.seed}: {outcome.violations[0]}")
+            print(f"  to see it: python -m tests.simulation {outcome.seed}{option}", flush=True)
         failed += outcomes
         played += min(CHUNK, asked.histories - played)
         if failed and asked.first:
             break
-    option = f' --mutation "{asked.mutation}"' if asked.mutation else ""
-    for outcome in failed[:SHOWN_MAX]:
-        print(f"seed {outcome.seed}: {outcome.violations[0]}")
-        print(f"  to see it: python -m tests.simulation {outcome.seed}{option}")
     print(f"{played} histories, {len(failed)} failed, {time.perf_counter() - began:.1f} s")
     return bool(failed)
 

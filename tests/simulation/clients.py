@@ -17,7 +17,7 @@ from mainspring_gateway.engine import Engine, started
 from mainspring_kit.errors import MainspringError
 from mainspring_kit.identity import UserExecutionContext
 
-from tests.simulation.network import as_user
+from tests.simulation.calls import as_user
 from tests.simulation.world import World
 
 RETRY_SECONDS = 0.5
