@@ -19,6 +19,7 @@ from benchmarks.peers.environment import PROGRAMS, Program, UnavailableError
 
 CALLERS: Final = (1, 64)
 SECONDS_MAX: Final = 2.0
+WARM_UP_CALLERS: Final = 8
 WARM_UP_SECONDS: Final = 1.0
 IDLE_SECONDS: Final = 3.0
 # The platform's own is 0.
@@ -35,7 +36,7 @@ async def measure_beside_peers(running: Stack, ours: Subject, report: Report, *,
         async with _peers(running, Path(folder), report) as peers:
             for peer in list(peers):
                 try:
-                    await peer.measure(max(CALLERS), WARM_UP_SECONDS)
+                    await peer.measure(WARM_UP_CALLERS, WARM_UP_SECONDS)
                 except UnavailableError as error:
                     _leave_out(peer.name, error, report)
                     peers.remove(peer)
