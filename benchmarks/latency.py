@@ -13,6 +13,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,7 @@ import orjson
 import uvloop
 from mainspring.dev import Stack, stack
 
-from benchmarks.harness import Cpu, Report, Slice, median, parser, percentile, progress, under_test, yardstick
+from benchmarks.harness import Cpu, Report, Slice, median, parser, percentile, progress, repeated, under_test, yardstick
 from benchmarks.load import LOOKUP, LOOKUP_EVENTS, LOOKUP_START, Load, connect_users, drive, note_database, register
 from benchmarks.paced import PacedSocket, Record, connect_paced, pace
 
@@ -81,11 +82,9 @@ async def _measure(report: Report, arguments: Namespace) -> None:
                     await connect_paced(running.gateway, running.mint(user=f"user-{number}"))
                     for number in range(SOCKETS)
                 ]
-                slices = []
-                for number in range(arguments.repeat):
-                    progress(f"{rate:.0f} starts a second, slice {number + 1} of {arguments.repeat}")
-                    slices.append(await _slice(running, database, sockets, rate, arguments.seconds, report))
-                report.add("", slices)
+                measure = partial(_slice, running, database, sockets, rate, arguments.seconds, report)
+                title = f"{rate:.0f} starts a second"
+                report.add("", await repeated(measure, arguments.repeat, title=title))
             finally:
                 await database.close()
 

@@ -11,6 +11,7 @@ import asyncio
 import sys
 import tempfile
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,7 @@ import orjson
 import uvloop
 from mainspring.dev import Stack, stack
 
-from benchmarks.harness import Report, parser, progress
+from benchmarks.harness import Report, parser, progress, repeated
 from benchmarks.interleave import CALLERS, measure_beside_peers
 from benchmarks.load import LOOKUP, LOOKUP_EVENTS, LOOKUP_START, Load, connect_users, drive, note_database, register
 
@@ -85,19 +86,12 @@ async def _measure(report: Report, arguments: Namespace) -> None:
             await drive(running, loops[:WARM_UP_SOCKETS], WARM_UP_SECONDS)
             load = Load(running, loops, report)
             for callers in arguments.sockets:
-                await _rounds(load, callers, arguments.seconds, arguments.repeat, report)
+                measure = partial(load.measure, callers, arguments.seconds)
+                report.add(str(callers), await repeated(measure, arguments.repeat, title=f"{callers} sockets"))
             if arguments.peers:
                 await measure_beside_peers(running, load, report, seconds=arguments.seconds, repeat=arguments.repeat)
             if not arguments.no_heavy:
                 await _measure_heavy(running, arguments.seconds, arguments.repeat, report)
-
-
-async def _rounds(load: Load, callers: int, seconds: float, repeat: int, report: Report) -> None:
-    slices = []
-    for number in range(repeat):
-        progress(f"{callers} sockets, slice {number + 1} of {repeat}")
-        slices.append(await load.measure(callers, seconds))
-    report.add(str(callers), slices)
 
 
 async def _measure_heavy(running: Stack, seconds: float, repeat: int, report: Report) -> None:
@@ -107,10 +101,8 @@ async def _measure_heavy(running: Stack, seconds: float, repeat: int, report: Re
     try:
         before = await database.fetchval(_STORED_BYTES)
         load = Load(running, loops, report, kind="heavy ", lead_seconds=HEAVY_LEAD_SECONDS)
-        slices = []
-        for number in range(repeat):
-            progress(f"W1b, {HEAVY_SOCKETS} sockets, slice {number + 1} of {repeat}")
-            slices.append(await load.measure(HEAVY_SOCKETS, seconds))
+        measure = partial(load.measure, HEAVY_SOCKETS, seconds)
+        slices = await repeated(measure, repeat, title=f"W1b, {HEAVY_SOCKETS} sockets")
         stored = await database.fetchval(_STORED_BYTES) - before
         runs = await database.fetchval("SELECT count(*) FROM state.runs WHERE agent = 'heavy'")
     finally:

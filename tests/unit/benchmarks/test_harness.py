@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from benchmarks.harness import Report, Slice, keep, median, percentile, spread, under_test
+from benchmarks.harness import Report, Slice, keep, median, percentile, repeated, spread, under_test
 
 pytestmark = pytest.mark.unit
 
@@ -80,3 +80,17 @@ def test_a_peer_has_figures_named_as_ours() -> None:
 
 def test_the_load_generator_is_not_under_test() -> None:
     assert under_test({"state": 1.0, "gateway": 2.0, "load generator": 4.0}) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("speeds", "count"),
+    [([10.0] * 9, 5), ([10.0, 1.0, 1.0, 1.0, 1.0, 9.0, 9.0], 7), ([10.0, *[1.0] * 20], 10)],
+    ids=str,
+)
+async def test_an_uneven_machine_is_measured_longer_but_not_for_ever(speeds: list[float], count: int) -> None:
+    left = iter(speeds)
+
+    async def measure() -> Slice:
+        return Slice({"runs": 1.0}, next(left))
+
+    assert len(await repeated(measure, 5, title="a test")) == count
