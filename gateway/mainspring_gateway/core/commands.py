@@ -17,6 +17,8 @@ TOKEN_CHARACTERS_MAX: Final = 8_192
 
 _FRAME_ID_CHARACTERS_MAX: Final = 128
 _RUN_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# Texts and other numbers are skipped; what is left in the group is an integer.
+_INTEGERS: Final = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+|[eE])[-+\deE]*|(-?\d{19,})')
 # Part of the protocol, but not of this release.
 _LATER_OPS: Final = frozenset({"pause", "resume", "retry", "signal", "approve"})
 _LATER_FOLLOW_FIELDS: Final = ("scope", "after", "since")
@@ -91,13 +93,16 @@ Command = Hello | Renewal | Start | FollowRun | UnfollowRun | Cancel | Ping
 
 
 def decode_object(data: bytes | str) -> Fields:
-    """Parses one JSON object; REQUEST_INVALID for anything else, NaN and Infinity included."""
+    """Parses one JSON object; REQUEST_INVALID for anything else, NaN, Infinity and integers over 64 bits included."""
     try:
         parsed = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise _invalid("", f"it is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise _invalid("", "it is JSON, but not an object")
+    for found in _INTEGERS.finditer(data if isinstance(data, str) else data.decode()):
+        if found[1] and (len(found[1]) > 20 or not -(1 << 63) <= int(found[1]) < 1 << 64):
+            raise _invalid("", "an integer has more than 64 bits: send it as text")
     return parsed
 
 

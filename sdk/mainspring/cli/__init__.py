@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
 from mainspring.cli import catalog, platform, runs
+from mainspring.cli.output import print_json
 from mainspring.client import ApiError
 from mainspring.embedded.launch import StartError
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     help="Runs AI agents for many users at once: durable in PostgreSQL, live on a WebSocket.",
     epilog=(
         "Where the platform is: MAINSPRING_URL and MAINSPRING_TOKEN, else the `mainspring dev` of .mainspring here. "
-        "Exit codes: 0 done, 1 failed (the message says what to do), 2 wrong usage."
+        "Exit codes: 0 done, 1 failed (the message says what to do; --json: JSON on standard output), 2 wrong usage."
     ),
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -55,16 +56,23 @@ def main() -> None:
     """Runs one command; what users can mend is told without a traceback."""
     try:
         app()
-    except (StartError, ApiError) as error:
-        reason = f"{error.code} / {error.reason}: " if isinstance(error, ApiError) else ""
-        sys.exit(_complain(f"{reason}{error}"))
+    except ApiError as error:
+        _complain(f"{error.code} / {error.reason}: {error}", error=error)
+    except StartError as error:
+        _complain(str(error))
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
         extra = _EXTRAS[error.name]
-        sys.exit(_complain(f"This command needs {error.name}. Install it with: pip install 'mainspring[{extra}]'"))
+        _complain(f"This command needs {error.name}. Install it with: pip install 'mainspring[{extra}]'")
 
 
-def _complain(text: str) -> int:
+def _complain(text: str, *, error: ApiError | None = None) -> NoReturn:
+    """As text, and besides as JSON for programs, which read standard output. Any: JSON."""
+    if "--json" in sys.argv:
+        found: dict[str, Any] = {"code": "UNKNOWN", "reason": "", "message": str(error or text), "metadata": {}}
+        if error is not None:
+            found |= {"code": error.code, "reason": error.reason, "metadata": error.metadata}
+        print_json({"error": found}, is_line=True)
     sys.stderr.write(f"error: {text}\n")
-    return 1
+    sys.exit(1)

@@ -17,6 +17,10 @@ _RUN_ID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")
 
 
+# Texts and other numbers are skipped; what is left in the group is an integer.
+_INTEGERS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+|[eE])[-+\deE]*|(-?\d{19,})')
+
+
 def is_run_id(run_id: str) -> bool:
     """Whether a run could have this id."""
     return _UUID.fullmatch(run_id) is not None
@@ -29,13 +33,16 @@ def check_run_id(run_id: str) -> None:
 
 
 def read_input(data: bytes) -> bytes:
-    """The input as it is stored; REQUEST_INVALID when it is not JSON."""
+    """The input as it is stored; REQUEST_INVALID when it is not JSON, or has integers over 64 bits."""
     if not data:
         return b"{}"
     try:
         orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise _request_invalid("start.input", f"it is not JSON: {error}") from error
+    for found in _INTEGERS.finditer(data):
+        if found[1] and (len(found[1]) > 20 or not -(1 << 63) <= int(found[1]) < 1 << 64):
+            raise _request_invalid("start.input", "an integer has more than 64 bits: send it as text")
     return data
 
 

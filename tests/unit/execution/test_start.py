@@ -12,8 +12,8 @@ from tests.unit.execution.samples import ENVELOPE, RUN_ID, plan
 pytestmark = pytest.mark.unit
 
 
-@pytest.mark.parametrize("data", [b"{", b"nul", b"\xff", b"{'a':1}"])
-def test_an_input_that_is_not_json_is_refused(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"{", b"nul", b"\xff", b"{'a':1}", b'{"a":18446744073709551616}'])
+def test_an_input_that_is_not_json_or_loses_an_integer_is_refused(data: bytes) -> None:
     with pytest.raises(MainspringError) as raised:
         read_input(data)
     assert (raised.value.reason_name, raised.value.violations[0].field) == ("REQUEST_INVALID", "start.input")

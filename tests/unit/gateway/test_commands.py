@@ -180,3 +180,17 @@ def test_a_cancel_has_a_reason_or_none() -> None:
     assert read_cancel_reason({"reason": "enough"}) == "enough"
     with pytest.raises(MainspringError, match="REQUEST_INVALID"):
         read_cancel_reason({"why": "enough"})
+
+
+@pytest.mark.parametrize("number", ["18446744073709551616", "-9223372036854775809", "1" * 300])
+def test_an_integer_that_would_become_another_number_is_refused(number: str) -> None:
+    for data in (f'{{"input":{{"a":[{number}]}}}}', f'{{"input":{{"a":"\\"","b":{number}}}}}'.encode()):
+        with pytest.raises(MainspringError, match="64 bits"):
+            decode_object(data)
+
+
+@pytest.mark.parametrize(
+    "number", ["18446744073709551615", "-9223372036854775808", "1e300", "0.12345678901234567890123"]
+)
+def test_other_numbers_and_digits_in_texts_are_taken(number: str) -> None:
+    assert decode_object(f'{{"a":"\\"99999999999999999999999","b":{number}}}')

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,18 @@ def test_a_drain_time_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch
     done = CliRunner().invoke(app, ["worker", "mainspring.diagnostics"])
     assert done.exit_code == 2
     assert "MAINSPRING_DRAIN_SECONDS" in done.output
+
+
+@pytest.mark.parametrize("flags", [["--json"], []])
+def test_an_error_is_json_where_json_was_asked_for(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    monkeypatch.setenv("MAINSPRING_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("MAINSPRING_TOKEN", "x")
+    command = [sys.executable, "-m", "mainspring", "runs", "list", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    if flags:
+        (error,) = [json.loads(line)["error"] for line in done.stdout.splitlines()]
+        assert (error["code"], error["reason"]) == ("UNAVAILABLE", "GATEWAY_UNREACHABLE")
+        assert "mainspring dev" in error["message"] and error["metadata"] == {"url": "http://127.0.0.1:1"}
+    else:
+        assert done.stdout == "" and done.stderr.startswith("error: UNAVAILABLE / GATEWAY_UNREACHABLE: ")
