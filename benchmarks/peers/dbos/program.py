@@ -2,8 +2,9 @@
 
 Settings: asynchronous workflows on uvloop, which were as fast as threads or faster at 64 callers (threads were faster,
 by a third, at one); LISTEN/NOTIFY on, notifications coalesced for 10 ms, a pool of 20 connections, half of them for
-readers, which all are the defaults (shorter coalescing and larger pools made no difference); warnings logged only. Callers and workflows share a
-process, as in an application that embeds DBOS. The workflow closes its stream, so that no reader polls for its end.
+readers, which all are the defaults (shorter coalescing and larger pools made no difference); warnings logged only.
+Callers and workflows share a process, as in an application that embeds DBOS. The workflow closes its stream, so that no
+reader polls for its end.
 """
 
 from __future__ import annotations
