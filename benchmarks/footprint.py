@@ -32,7 +32,8 @@ def main() -> int:
     options = parser("footprint", __doc__ or "")
     options.set_defaults(seconds=SECONDS_DEFAULT)
     arguments = options.parse_args()
-    report = Report("footprint", arguments.seed, notes=[NOTE])
+    report = Report.begin("footprint", arguments.seed)
+    report.notes.append(NOTE)
     asyncio.run(_measure(report, arguments.seconds, arguments.repeat))
     report.show(as_json=arguments.json)
     return 0

@@ -84,7 +84,7 @@ def main() -> int:
         "--lengths", type=int, nargs=2, default=RUN_LENGTHS, metavar=("SHORT", "LONG"), help="run lengths (10 10000)"
     )
     arguments = options.parse_args()
-    report = Report("growth", arguments.seed)
+    report = Report.begin("growth", arguments.seed)
     # Not uvloop: it forks where asyncio uses vfork, and a process that has gRPC channels must not fork.
     asyncio.run(_measure(report, arguments))
     report.show(as_json=arguments.json)
@@ -187,7 +187,7 @@ class Comparison:
             # Which of the two goes first changes, so that neither gains by it.
             for side in (0, 1) if number % 2 == 0 else (1, 0):
                 site, prepare = sides[side]
-                slices[side].append(await self._slice(site, await prepare(site), f"{name} {sizes[side]}, {number + 1}"))
+                slices[side].append(await self._slice(site, await prepare(site), f"{name} {sizes[side]}"))
         for size, found in zip(sizes, slices, strict=True):
             self._report.add("", found, prefix=f"{name}_{size}_")
         for ratio, figure in ((f"{name}_ratio", "cpu_ms"), (f"{name}_latency_ratio", "ms")):
@@ -206,7 +206,8 @@ class Comparison:
             await call()
             durations.append(time.perf_counter() - begin)
         used = cpu.used()
-        self._report.cpu_seconds[name] = used
+        total = self._report.cpu_seconds.setdefault(name, dict.fromkeys(used, 0.0))
+        self._report.cpu_seconds[name] = {process: round(total[process] + used[process], 3) for process in used}
         speed = min(speed, yardstick())
         figures = {
             "ms": median(durations) * 1e3,

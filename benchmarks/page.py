@@ -16,6 +16,7 @@ RESULTS: Final = DOCS / "benchmarks"
 PAGE: Final = DOCS / "benchmarks.md"
 # Written by hand: what limits the figures, with the profiles that show it.
 LIMITS: Final = RESULTS / "limits.md"
+BUSY_PERCENT_MAX: Final = 20.0
 PEER_FIGURES: Final = {
     "runs_per_second": "runs a second",
     "p50_ms": "p50, ms",
@@ -150,14 +151,16 @@ def _surroundings(reports: Sequence[Mapping[str, Any]]) -> str:
     if not reports:
         return "\n".join(lines)
     machine = reports[0]["machine"]
-    loads = ", ".join(f"{report['workload']} {report['machine']['load']:g}" for report in reports)
+    busy = {report["workload"]: report["machine"]["busy_percent"] for report in reports}
     memory = f"{machine['memory'] / 2**30:.0f} GiB"
     lines += [
         f"- {machine['cores']} cores ({machine['processor']}), {memory}, {machine['system']}",
         f"- writing 8 KiB durably: {machine['fdatasync_ms']:g} ms (median)",
-        f"- load average at the end of each workload: {loads}",
+        "- busy with other work before it began: " + ", ".join(f"{name} {part:g} %" for name, part in busy.items()),
         "- " + ", ".join(f"{name} {version}" for name, version in reports[0]["versions"].items()),
     ]
+    if max(busy.values()) > BUSY_PERCENT_MAX:
+        lines += ["", "**The machine was busy with other work: times and rates on this page say little.**"]
     return "\n".join(lines) + "\n"
 
 

@@ -64,7 +64,7 @@ def main() -> int:
     options.add_argument("--replicas", default="", help="as of `mainspring dev`, e.g. execution=2")
     options.add_argument("--no-heavy", action="store_true", help="leave W1b out")
     arguments = options.parse_args()
-    report = Report("throughput", arguments.seed)
+    report = Report.begin("throughput", arguments.seed)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_measure(report, arguments))
     report.show(as_json=arguments.json)

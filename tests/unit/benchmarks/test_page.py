@@ -61,3 +61,9 @@ def test_no_figure_has_two_goals() -> None:
     for goals in GOALS.values():
         figures = [goal.figure for goal in goals]
         assert len(figures) == len(set(figures))
+
+
+@pytest.mark.parametrize(("busy", "warned"), [(3.0, False), (60.0, True)])
+def test_figures_of_a_busy_machine_are_said_to_be_worth_little(busy: float, warned: bool) -> None:
+    report = Report("footprint", 1, busy_percent=busy)
+    assert ("The machine was busy" in page([report.to_json()], "")) is warned
