@@ -316,6 +316,15 @@ class StateMachine(RuleBasedStateMachine):
             if run["stalled"] > STALLED_MAX:
                 self._poison(run)
 
+    @rule(append=appends, dead=st.sampled_from(EXECUTORS), kind=st.sampled_from(["recovered", "recovered", *KINDS]))
+    def take_over(self, append: state_pb2.Append, dead: int, kind: str) -> None:
+        """All that an executor held goes to the other one, which goes on with one run."""
+        self.beat(1 - dead)
+        self.lose(dead)
+        self.claim(1 - dead)
+        sender = self._session.executors[1 - dead]
+        self._send(sender, [self._next(sender, append, [kind])])
+
     def _poison(self, run: dict[str, Any]) -> None:
         """Takes over into the model how the state process ended the run."""
         log = self.run(self._session.ended_log(run["run_id"]))
