@@ -103,7 +103,7 @@ class Board:
         key, facts = self._resolve(tenant_id, message.tool)
         worker = self._pick(key)
         if worker is None and self.lines.full:
-            answer(message, [(caller, message.item_id)], outcome=outcomes.crowded(self.lines.calls_max))
+            answer(message, [(caller, message.item_id)], outcome=outcomes.crowded(self.lines.count))
             return
         timeout_seconds = (
             message.timeout.ToNanoseconds() / 1e9 if message.HasField("timeout") else facts.timeout_seconds

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from mainspring_dispatcher.core.parts import Call, Line, ToolKey, Worker
+
+# Of arguments: a call has up to 1 MiB of them, and thousands may wait.
+WAITING_BYTES_MAX: Final = 256 << 20
 
 
 class Lines:
@@ -12,13 +16,14 @@ class Lines:
 
     def __init__(self, calls_max: int) -> None:
         self.count = 0
-        self.calls_max = calls_max
+        self._bytes = 0
+        self._calls_max = calls_max
         self._lines: dict[ToolKey, Line] = {}
 
     @property
     def full(self) -> bool:
         """No more calls may wait."""
-        return self.count >= self.calls_max
+        return self.count >= self._calls_max or self._bytes >= WAITING_BYTES_MAX
 
     def add(self, call: Call, now: float, *, in_front: bool = False) -> None:
         """Lets a call wait; in front when it has waited before."""
@@ -29,6 +34,7 @@ class Lines:
         if in_front:
             line.calls.move_to_end(call.order, last=False)
         self.count += 1
+        self._bytes += len(call.message.arguments)
 
     def remove(self, call: Call) -> None:
         """Takes a call out, if it waits."""
@@ -36,6 +42,7 @@ class Lines:
         if line is None or line.calls.pop(call.order, None) is None:
             return
         self.count -= 1
+        self._bytes -= len(call.message.arguments)
         if not line.calls:
             del self._lines[call.key]
 

@@ -72,6 +72,18 @@ def test_a_full_line_refuses_with_its_limit() -> None:
     assert play.caller.only.error.code == "RESOURCE_EXHAUSTED"
 
 
+def test_a_line_is_full_of_bytes_before_it_is_full_of_calls() -> None:
+    play = Play(waiting_max=10_000)
+    play.attach("w", "echo", concurrency=1)
+    arguments = b'{"a":"' + b"x" * (1 << 20)
+    for number in range(260):
+        message = make_call(f"c{number}", "echo")
+        message.arguments = arguments[: (1 << 20) - 2] + b'"}'
+        play.board.submit(message, play.caller, now=play.now)
+    assert play.caller.reasons == ["QUEUE_FULL"] * 3
+    assert play.board.lines.count == 256
+
+
 def test_a_call_under_way_is_joined_not_made_again(play: Play) -> None:
     worker, link = play.attach("w", "echo")
     other = FakeCaller()
