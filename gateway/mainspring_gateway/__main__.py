@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -11,7 +10,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 from mainspring_kit import server, telemetry
 from mainspring_kit.config import SettingsError, split_address
 from mainspring_kit.identity import ServiceTokens, TokenVerifier
@@ -64,7 +62,6 @@ def _listener(address: str) -> socket.socket:
 
 @asynccontextmanager
 async def _serving(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
-    logging.getLogger("aiohttp.server").addFilter(_is_ours)
     runner = web.AppRunner(make_app(gateway), shutdown_timeout=gateway.settings.drain_seconds)
     await runner.setup()
     assert runner.server is not None
@@ -83,11 +80,6 @@ async def _serving(gateway: Gateway, listener: socket.socket) -> AsyncIterator[N
     finally:
         listening.close()
         await runner.cleanup()
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether a fault is for the log. That of a request that is no HTTP is not: its text may hold a credential."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def start() -> int:

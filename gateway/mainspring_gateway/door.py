@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any, Final, cast
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import new_id
@@ -66,6 +67,19 @@ class Visitor(web.RequestHandler):
         """Of asyncio: the connection is gone."""
         self._strangers.leave(self)
         super().connection_lost(exc)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Of aiohttp: what came is no HTTP, and not logged, for it may hold a credential; or a fault of its own."""
+        if not isinstance(exc, HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        error = MainspringError(
+            Reason.REQUEST_INVALID, "What was sent is no HTTP request: check its first line and its headers.", field=""
+        )
+        response = web.Response(body=problem(error, new_id()), status=error.http_status, content_type=CONTENT_TYPE)
+        response.force_close()
+        return response
 
 
 class _TurnedAway(asyncio.Protocol):

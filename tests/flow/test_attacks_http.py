@@ -47,7 +47,7 @@ async def answer_to(gateway: GatewayProcess, sent: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     try:
         writer.write(sent)
-        return await asyncio.wait_for(reader.readline(), 10)
+        return await asyncio.wait_for(reader.read(), 10)
     finally:
         writer.close()
         await writer.wait_closed()
@@ -64,7 +64,11 @@ async def answer_to(gateway: GatewayProcess, sent: bytes) -> bytes:
     ],
 )
 async def test_what_is_no_http_is_refused_and_leaves_no_trace(gateway: GatewayProcess, sent: bytes) -> None:
-    assert b" 400 " in await answer_to(gateway, sent)
+    head, _, body = (await answer_to(gateway, sent)).partition(b"\r\n\r\n")
+    assert b" 400 " in head
+    assert b"application/problem+json" in head
+    assert json.loads(body)["reason"] == "REQUEST_INVALID"
+    assert TOKEN not in body
     async with gateway.request("GET", "/healthz") as answer:
         assert answer.status == 200
     log = gateway.log.read_bytes()
