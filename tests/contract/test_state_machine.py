@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule, run_state_machine_as_test
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
+from mainspring_kit import postgres
 from mainspring_kit.errors import from_rpc_error
 from mainspring_kit.identity import UserExecutionContext
+from mainspring_state.store.leases import Leases
 
 from test_framework.grpc_testing import stub_class
 from test_framework.identities import Identities, make_context, unique
@@ -28,6 +30,7 @@ from tests.contract.state_calls import (
     cancelled,
     completed,
     executing,
+    person,
     reason_of,
     started,
     thinking,
@@ -363,6 +366,21 @@ class StateMachine(RuleBasedStateMachine):
             self.check_agreement()
         finally:
             self._opened.__exit__(None, None, None)
+
+
+async def test_runs_of_two_tenants_may_have_one_id(executor: Executor, contract_environment: dict[str, Any]) -> None:
+    users = [person(), person()]
+    run_id = executor.create(users[0]).run_id
+    for user in users:
+        create = executor.create(user)
+        create.run_id = create.events[0].run_id = run_id
+        assert reason_of((await executor.send_one(create)).status) == ""
+    await executor.go_on(users[0], run_id, thinking(), after=1)
+    keys = [(user.tenant_id, run_id) for user in users]
+    async with await postgres.connect(contract_environment["database_url"]) as pool:
+        leases = Leases(pool, "state", lease_seconds=1)
+        assert await leases.last_seqs(keys) == dict(zip(keys, [2, 1], strict=True))
+        assert await leases.last_seqs(keys[::-1]) == dict(zip(keys, [2, 1], strict=True))
 
 
 def drive(bench: Bench, *, examples: int, steps: int) -> None:

@@ -205,7 +205,7 @@ class Talk:
                 page = feeds[start : start + HEAL_RUNS]
                 last_seqs = await self._leases.last_seqs([key for key, _ in page])
                 for key, feed in page:
-                    if last_seqs.get(key[1], 0) > feed.last_seq:
+                    if last_seqs.get(key, 0) > feed.last_seq:
                         await self.heal(key, feed)
         except MainspringError as error:
             telemetry.logger().debug("healing_delayed", detail=str(error)[:200])

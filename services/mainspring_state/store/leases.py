@@ -133,13 +133,13 @@ class Leases:
             return None
         return StoredInput(row["state"], row["holder"] or "", to_input(row) if row["payload"] is not None else None)
 
-    async def last_seqs(self, runs: Sequence[tuple[str, str]]) -> dict[str, int]:
-        """How far the logs of runs (tenant, run) have come, by run id."""
+    async def last_seqs(self, runs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
+        """How far the logs of runs (tenant, run) have come."""
         with postgres.reachable():
             rows = await self._pool.fetch(
                 _SQL["last_seqs"], [tenant_id for tenant_id, _ in runs], [run_id for _, run_id in runs]
             )
-        return {str(row["run_id"]): row["last_seq"] for row in rows}
+        return {(row["tenant_id"], str(row["run_id"])): row["last_seq"] for row in rows}
 
     async def read_log(self, run: tuple[str, str], *, after_seq: int, item_max: int, byte_max: int) -> list[bytes]:
         """A page of the log of a run (tenant, run) whose watchers were checked when they subscribed."""
