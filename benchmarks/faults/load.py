@@ -53,6 +53,10 @@ class Load:
         """How many runs have been asked for and have not ended."""
         return sum(len(client.open) for client in self.clients)
 
+    def is_calm(self) -> bool:
+        """Whether no more runs are open than are started in a second: undisturbed it is half of that."""
+        return self.open_runs <= self._rate
+
     async def connect(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """Lets all clients connect; their tasks go on until cancelled."""
         return [tasks.create_task(client.stay()) for client in self.clients]

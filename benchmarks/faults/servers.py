@@ -12,7 +12,7 @@ import asyncpg
 import redis.asyncio
 
 ROLES: Final = ("mainspring_state", "mainspring_registry")
-SLOW_SHARE: Final = 0.02
+SLOW_SHARE: Final = 0.004
 SLOW_SECONDS: Final = 0.25
 REACH_SECONDS: Final = 30.0
 CLIENTS_MAX: Final = 10_000
