@@ -87,7 +87,7 @@ async def storm(load: Load, weather: Weather, *, seconds: float) -> None:
         clients = await load.connect(tasks)
         loading = tasks.create_task(load.run())
         await asyncio.sleep(SETTLE_SECONDS)
-        await weather.rage(seconds, load.is_calm)
+        await weather.rage(seconds, load.settle)
         await asyncio.sleep(SETTLE_SECONDS)
         loading.cancel()
         progress(f"{len(load.runs)} runs were started, {load.open_runs} have not ended")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,8 @@ OPEN_RUNS_MAX: Final = 40
 TICK_SECONDS: Final = 0.005
 PEAK_SECONDS: Final = 4.0
 WARM_UP_SECONDS: Final = 2.0
+# The longest wait for what a fault has queued, so that its delay is not the next fault's too.
+SETTLE_SECONDS_MAX: Final = 10.0
 
 
 async def measure_peak(stack: Stack) -> float:
@@ -53,9 +56,13 @@ class Load:
         """How many runs have been asked for and have not ended."""
         return sum(len(client.open) for client in self.clients)
 
-    def is_calm(self) -> bool:
-        """Whether no more runs are open than are started in a second: undisturbed it is half of that."""
-        return self.open_runs <= self._rate
+    async def settle(self) -> None:
+        """Until no more runs are open than are started in a second (undisturbed: half of that), or for so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS_MAX):
+                while self.open_runs > self._rate:
+                    self._changed.clear()
+                    await self._changed.wait()
 
     async def connect(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """Lets all clients connect; their tasks go on until cancelled."""

@@ -23,9 +23,6 @@ WINDOW_SECONDS: Final = (0.5, 4.0)
 VALUE_SECONDS: Final = (3.0, 5.0)
 # Between the end of a fault, when everything serves again, and the next one.
 CALM_SECONDS: Final = (0.5, 2.0)
-# The longest wait for what has queued meanwhile, so that its delay is not the next fault's too.
-SETTLE_SECONDS_MAX: Final = 10.0
-POLL_SECONDS: Final = 0.05
 SERVE_SECONDS: Final = 60.0
 
 _KINDS: Final[Mapping[str, Sequence[str]]] = {
@@ -73,23 +70,18 @@ class Weather:
         self._cache = Cache(stack.redis_url)
         self._clock = asyncio.get_running_loop().time
 
-    async def rage(self, seconds: float, is_calm: Callable[[], bool]) -> None:
-        """Faults until the time is up; then everything serves again. `is_calm`: whether nothing has queued up."""
+    async def rage(self, seconds: float, settle: Callable[[], Awaitable[None]]) -> None:
+        """Faults until the time is up; then everything serves again. `settle` waits for what one has queued up."""
         end = self._clock() + seconds
         deck: list[tuple[str, str]] = []
         while True:
-            await self._settle(is_calm)
+            await settle()
             await asyncio.sleep(self._chance.uniform(*CALM_SECONDS))
             if self._clock() >= end:
                 return
             deck = deck or draw_deck(self._target, self._chance)
             target, kind = deck.pop()
             await self._strike(target, kind)
-
-    async def _settle(self, is_calm: Callable[[], bool]) -> None:
-        end = self._clock() + SETTLE_SECONDS_MAX
-        while not is_calm() and self._clock() < end:
-            await asyncio.sleep(POLL_SECONDS)
 
     async def _strike(self, target: str, kind: str) -> None:
         index = self._chance.randrange(self._replicas.get(target, 1))
