@@ -15,10 +15,11 @@ from mainspring.dev import Stack
 
 from benchmarks.harness import Cpu, Report, Slice, Subject, progress, under_test
 from benchmarks.peers.child import PeerLoad, child
-from benchmarks.peers.environment import PROGRAMS, Program, UnavailableError
+from benchmarks.peers.environment import PROGRAMS, SLOW_PROGRAMS, Program, UnavailableError
 
 CALLERS: Final = (1, 64)
 SECONDS_MAX: Final = 2.0
+SLOW_ROUNDS_MAX: Final = 3
 WARM_UP_CALLERS: Final = 8
 WARM_UP_SECONDS: Final = 1.0
 IDLE_SECONDS: Final = 3.0
@@ -32,8 +33,18 @@ Pair = tuple[Slice, Slice]
 
 async def measure_beside_peers(running: Stack, ours: Subject, report: Report, *, seconds: float, repeat: int) -> None:
     """Adds `peers` and `ratios` for every peer that is set up; of the others a note with the reason."""
+    seconds = min(seconds, SECONDS_MAX)
+    await _measure_group(PROGRAMS, running, ours, report=report, seconds=seconds, repeat=repeat)
+    for program in SLOW_PROGRAMS:
+        rounds = min(repeat, SLOW_ROUNDS_MAX)
+        await _measure_group([program], running, ours, report=report, seconds=seconds, repeat=rounds)
+
+
+async def _measure_group(
+    programs: Sequence[Program], running: Stack, ours: Subject, *, report: Report, seconds: float, repeat: int
+) -> None:
     with tempfile.TemporaryDirectory(prefix="mainspring-peers-") as folder:
-        async with _peers(running, Path(folder), report) as peers:
+        async with _peers(programs, running, Path(folder), report=report) as peers:
             for peer in list(peers):
                 try:
                     await peer.measure(WARM_UP_CALLERS, WARM_UP_SECONDS)
@@ -42,7 +53,7 @@ async def measure_beside_peers(running: Stack, ours: Subject, report: Report, *,
                     peers.remove(peer)
             await _measure_idle(running, peers, report)
             for callers in CALLERS:
-                await _rounds(ours, peers, callers, seconds=min(seconds, SECONDS_MAX), repeat=repeat, report=report)
+                await _rounds(ours, peers, callers, seconds=seconds, repeat=repeat, report=report)
 
 
 async def _rounds(
@@ -51,7 +62,7 @@ async def _rounds(
     """Ours, a peer, ours, the next peer, and so on, so many times."""
     pairs: dict[str, list[Pair]] = {peer.name: [] for peer in peers}
     for number in range(repeat):
-        for peer in [peer for peer in peers if number < peer.rounds_max]:
+        for peer in list(peers):
             progress(f"{callers} callers, round {number + 1} of {repeat}: mainspring and {peer.name}")
             mine = await ours.measure(callers, seconds)
             try:
@@ -99,11 +110,13 @@ async def _measure_idle(running: Stack, peers: Sequence[PeerLoad], report: Repor
 
 
 @asynccontextmanager
-async def _peers(running: Stack, folder: Path, report: Report) -> AsyncIterator[list[PeerLoad]]:
+async def _peers(
+    programs: Sequence[Program], running: Stack, folder: Path, *, report: Report
+) -> AsyncIterator[list[PeerLoad]]:
     """All peers that can be started, prepared."""
     async with AsyncExitStack() as held:
         found: list[PeerLoad] = []
-        for program in PROGRAMS:
+        for program in programs:
             progress(f"starting {program.name}")
             try:
                 program.require()
@@ -129,7 +142,7 @@ async def _columns(program: Program, running: Stack, folder: Path, *, report: Re
         await peer.prepare(database_url=url, redis_url=redis_url, folder=own, callers=max(CALLERS))
         report.versions |= {f"{program.name}: {package}": number for package, number in peer.versions.items()}
         yield [
-            PeerLoad(name, variant, peer=peer, others=others, report=report, rounds_max=program.rounds_max)
+            PeerLoad(name, variant, peer=peer, others=others, report=report)
             for name, variant in program.columns.items()
         ]
 

@@ -17,6 +17,8 @@ from benchmarks.peers.environment import SOURCES, UnavailableError
 
 PREPARE_SECONDS_MAX: Final = 90.0
 WAIT_SECONDS_MAX: Final = 8.0
+# Runs that are given up may go on inside the peer and disturb who is measured next.
+DRAIN_SECONDS_MAX: Final = 40.0
 STOP_SECONDS_MAX: Final = 10.0
 
 _GRACE_SECONDS: Final = 15.0
@@ -44,12 +46,13 @@ class Child:
         self, variant: str, callers: int, *, seconds: float, counted: Mapping[str, Sequence[int]]
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """A slice, and the CPU seconds that these processes used while it counted. Any: JSON."""
-        await self._send(op="run", variant=variant, callers=callers, seconds=seconds, wait_seconds=WAIT_SECONDS_MAX)
+        limits = {"wait_seconds": WAIT_SECONDS_MAX, "drain_seconds": DRAIN_SECONDS_MAX}
+        await self._send(op="run", variant=variant, callers=callers, seconds=seconds, **limits)
         await self._receive(WAIT_SECONDS_MAX + _GRACE_SECONDS)
         cpu = Cpu(counted)
         await self._receive(seconds + WAIT_SECONDS_MAX + _GRACE_SECONDS)
         used = cpu.used()
-        return await self._receive(WAIT_SECONDS_MAX + _GRACE_SECONDS), used
+        return await self._receive(DRAIN_SECONDS_MAX + _GRACE_SECONDS), used
 
     async def _send(self, **message: object) -> None:
         assert self._process.stdin is not None
@@ -110,17 +113,9 @@ class PeerLoad:
     """One variant of a peer under back-to-back runs: a `Subject`. `others` work for it beside its own processes."""
 
     def __init__(
-        self,
-        name: str,
-        variant: str,
-        *,
-        peer: Child,
-        others: Mapping[str, Sequence[int]],
-        report: Report,
-        rounds_max: int = 1,
+        self, name: str, variant: str, *, peer: Child, others: Mapping[str, Sequence[int]], report: Report
     ) -> None:
         self.name = name
-        self.rounds_max = rounds_max
         self._variant = variant
         self._peer = peer
         self._pids = {**peer.pids, **others}

@@ -32,8 +32,6 @@ class Program:
     name: str
     columns: dict[str, str]
     python_least: tuple[int, int] = (3, 11)
-    # A slow one with many callers takes long to begin and to end a slice.
-    rounds_max: int = 100
     # Which of the platform's servers it uses: their CPU then counts for it.
     uses: tuple[str, ...] = ()
 
@@ -69,7 +67,7 @@ class Program:
             if npm is None:
                 raise UnavailableError("it needs npm (Node.js), which is not on the PATH")
             shutil.copy(SOURCES / self.name / PACKAGE, self.folder / PACKAGE)
-            quiet = ("--silent", "--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts")
+            quiet = ("--loglevel=error", "--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts")
             _step(npm, "install", *quiet, "--prefix", str(self.folder))
         (self.folder / _STAMP).write_text(self._made_of())
 
@@ -81,12 +79,16 @@ class Program:
         return found.hexdigest()
 
 
+# Measured in one group, in turns: they use few per cent of a core while they wait.
 PROGRAMS: Final = (
     Program("dbos", {"dbos": "stream", "dbos_steps": "steps"}, uses=("postgres",)),
     Program("langgraph", {"langgraph": "graph"}, uses=("postgres",)),
     Program("restate", {"restate": "steps"}),
-    Program("aegra", {"aegra": "graph"}, python_least=(3, 12), rounds_max=3, uses=("postgres", "redis")),
-    Program("temporal", {"temporal": "activities"}, rounds_max=2),
+)
+# Slow, so that a slice with many callers takes long to begin and to end, or busy while idle: each by itself.
+SLOW_PROGRAMS: Final = (
+    Program("aegra", {"aegra": "graph"}, python_least=(3, 12), uses=("postgres", "redis")),
+    Program("temporal", {"temporal": "activities"}),
 )
 
 

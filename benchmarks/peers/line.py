@@ -41,12 +41,13 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A slice: callers back to back. No wait for every caller is longer than `wait_seconds`."""
+    """A slice: callers back to back, each wait for all of them, and for their last runs, with a limit."""
 
     variant: str
     callers: int
     seconds: float
     wait_seconds: float
+    drain_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,9 @@ async def measure(one_run: OneRun, wanted: Wanted, *, say: Say) -> dict[str, Any
             counted, elapsed = list(counter.durations), time.perf_counter() - start
             say({"phase": "ended"})
             counter.is_over = True
-            limit.reschedule(asyncio.get_running_loop().time() + wanted.wait_seconds)
+            limit.reschedule(asyncio.get_running_loop().time() + wanted.drain_seconds)
     except TimeoutError:
-        counter.faults.append(f"runs had not ended {wanted.wait_seconds:g} s after the slice: they were given up")
+        counter.faults.append(f"runs had not ended {wanted.drain_seconds:g} s after the slice: they were given up")
     return {"seconds": elapsed, "durations": counted, "faults": counter.faults[:FAULTS_MAX]}
 
 

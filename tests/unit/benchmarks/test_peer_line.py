@@ -26,7 +26,7 @@ async def peer(tmp_path: Path) -> AsyncIterator[Child]:
 
 
 def wanted(callers: int, seconds: float, wait_seconds: float = 5.0) -> Wanted:
-    return Wanted("", callers, seconds, wait_seconds)
+    return Wanted("", callers, seconds, wait_seconds=wait_seconds, drain_seconds=wait_seconds)
 
 
 async def test_a_slice_counts_the_runs_that_end_between_its_phases() -> None:
