@@ -2,15 +2,8 @@
 
 What a contract module writes (everything else of pytest-grpc is as its manual says):
 
-    grpc_service = "State"                        # the one under test: mainspring.v1.StateService
-
-    @pytest.fixture(scope="module")
-    def grpc_wiring(contract_environment):        # how its servicer is built; reuse the service's own __main__
-        @asynccontextmanager
-        async def wire():
-            async with wired(StateSettings(**contract_environment)) as (servicer, *_):
-                yield {"State": servicer}         # several services on one server: more entries
-        return wire
+    grpc_service = "State"                        # the one under test: mainspring.v1.StateService; wired as its own
+                                                  # __main__ does it, unless the module has a fixture `grpc_wiring`
 
     def test_an_unknown_run_is_not_found(grpc_stub, identities):        # a synchronous stub
         with pytest.raises(grpc.RpcError) as raised:
@@ -36,6 +29,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +38,13 @@ import pytest
 import structlog
 from mainspring_kit.identity import TokenVerifier
 
+from test_framework.agents import echo_agent
 from test_framework.grpc_testing import AioServerFacade, add_to_server, free_address, stub_class
-from test_framework.identities import Identities
+from test_framework.identities import Identities, UserExecutionContext, unique
 from test_framework.loop_thread import LoopThread
 from test_framework.servers import Database, PostgresServer, embedded_postgres, embedded_valkey
 from test_framework.stack import Stack
+from tests.contract import dispatcher_calls, execution_platform, registry_calls, state_calls
 from tests.contract.matrix_calls import Wire, World
 
 AUTH_SECRET = "dev-contract-tests-sign-users-tokens-with-this"
@@ -189,6 +185,22 @@ def grpc_loop() -> Iterator[LoopThread]:
 
 
 @pytest.fixture(scope="module")
+def grpc_wiring(
+    request: pytest.FixtureRequest,
+    contract_environment: dict[str, Any],
+    contract_databases: Mapping[str, Database],
+) -> Wiring:
+    """How the module's `grpc_service` is wired, with those that it needs beside it: several services on one server."""
+    wirings: Mapping[str, Callable[[], Wiring]] = {
+        "State": lambda: state_calls.wiring(contract_environment),
+        "Registry": lambda: registry_calls.wiring(contract_environment),
+        "Dispatcher": lambda: dispatcher_calls.wiring(contract_environment, contract_databases),
+        "Execution": lambda: partial(execution_platform.platform, contract_environment, contract_databases),
+    }
+    return wirings[request.module.grpc_service]()
+
+
+@pytest.fixture(scope="module")
 def grpc_addr() -> str:
     """pytest-grpc's own keeps its probing socket for ever."""
     return free_address()
@@ -232,6 +244,44 @@ async def aio_channel(grpc_server: AioServerFacade, grpc_addr: str) -> AsyncIter
 async def aio_stub(request: pytest.FixtureRequest, aio_channel: grpc.aio.Channel) -> Any:
     """The stub of the module's `grpc_service` on the test's own loop."""
     return stub_class(request.module.grpc_service)(aio_channel)
+
+
+@pytest.fixture
+async def executor(aio_stub: Any, identities: Identities) -> AsyncIterator[state_calls.Executor]:
+    """An executor's Append stream to the module's state service; it beats only where a test lets it."""
+    async with state_calls.executing(aio_stub, identities) as opened:
+        yield opened
+
+
+@pytest.fixture
+def user() -> UserExecutionContext:
+    """A user of a tenant of the test's own."""
+    return state_calls.person()
+
+
+@pytest.fixture
+async def desk(
+    grpc_server: object, grpc_stub: object, grpc_addr: str, identities: Identities
+) -> AsyncIterator[dispatcher_calls.Desk]:
+    """Callers and workers of the test's own at the module's dispatcher."""
+    found = dispatcher_calls.Desk(grpc_addr, identities)
+    yield found
+    await found.close()
+
+
+@pytest.fixture
+def tenant() -> str:
+    """A tenant of the test's own."""
+    return unique("tenant")
+
+
+@pytest.fixture
+async def ann(identities: Identities, aio_channel: grpc.aio.Channel) -> AsyncIterator[execution_platform.Caller]:
+    """A user of a tenant of the test's own, with the echo agent, once the module's executor starts runs."""
+    caller = execution_platform.Caller(unique("tenant"), unique("person"), identities, aio_channel)
+    await caller.register(echo_agent())
+    await caller.until_ready("echo")
+    yield caller
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc
@@ -13,29 +12,11 @@ from mainspring.v1 import registry_pb2, registry_pb2_grpc, types_pb2
 
 from test_framework.grpc_testing import error_of
 from test_framework.identities import Identities, unique
-from test_framework.servers import Database
-from tests.contract.dispatcher_calls import OK, PURE, TIMEOUT, UNSAFE, Desk, HandWorker, Wiring, make_call, tool, wiring
+from tests.contract.dispatcher_calls import OK, PURE, TIMEOUT, UNSAFE, Desk, HandWorker, make_call, tool
 
 pytestmark = pytest.mark.contract
 grpc_service = "Dispatcher"
 grpc_databases = ("Registry",)
-
-
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any], contract_databases: Mapping[str, Database]) -> Wiring:
-    return wiring(contract_environment, contract_databases)
-
-
-@pytest.fixture
-async def desk(grpc_server: object, grpc_stub: object, grpc_addr: str, identities: Identities) -> AsyncIterator[Desk]:
-    found = Desk(grpc_addr, identities)
-    yield found
-    await found.close()
-
-
-@pytest.fixture
-def tenant() -> str:
-    return unique("tenant")
 
 
 async def refusal(worker: HandWorker) -> tuple[grpc.StatusCode, str]:

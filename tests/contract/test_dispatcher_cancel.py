@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import grpc
 import pytest
@@ -16,31 +15,13 @@ from mainspring.v1 import types_pb2
 
 from test_framework.grpc_testing import error_of, violations_of
 from test_framework.identities import Identities, unique
-from test_framework.servers import Database
 from test_framework.waiting import wait_until
-from tests.contract.dispatcher_calls import TIMEOUT, Desk, Wiring, make_call, wiring
+from tests.contract.dispatcher_calls import TIMEOUT, Desk, make_call
 from tests.contract.dispatcher_calls import tool as declared
 
 pytestmark = pytest.mark.contract
 grpc_service = "Dispatcher"
 grpc_databases = ("Registry",)
-
-
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any], contract_databases: Mapping[str, Database]) -> Wiring:
-    return wiring(contract_environment, contract_databases)
-
-
-@pytest.fixture
-async def desk(grpc_server: object, grpc_stub: object, grpc_addr: str, identities: Identities) -> AsyncIterator[Desk]:
-    found = Desk(grpc_addr, identities)
-    yield found
-    await found.close()
-
-
-@pytest.fixture
-def tenant() -> str:
-    return unique("tenant")
 
 
 async def cancel(desk: Desk, tenant: str, call_ids: Sequence[str]) -> list[pb.CancelOutcome]:

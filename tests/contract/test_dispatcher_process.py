@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from mainspring.v1 import types_pb2
 
 from test_framework.grpc_testing import free_address
 from test_framework.identities import Identities, unique
-from test_framework.servers import Database
 from test_framework.waiting import wait_until
-from tests.contract.dispatcher_calls import OK, TIMEOUT, Desk, Wiring, make_call, wiring
+from tests.contract.dispatcher_calls import OK, TIMEOUT, Desk, make_call
 
 pytestmark = pytest.mark.contract
 grpc_service = "Dispatcher"
@@ -31,11 +30,6 @@ grpc_databases = ("Registry",)
 KEYED = types_pb2.EFFECT_CLASS_KEYED
 START_SECONDS = 30
 Process = asyncio.subprocess.Process
-
-
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any], contract_databases: Mapping[str, Database]) -> Wiring:
-    return wiring(contract_environment, contract_databases)
 
 
 class Processes:

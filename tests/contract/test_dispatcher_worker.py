@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -15,33 +15,14 @@ from mainspring.v1 import types_pb2
 from mainspring.worker import Worker
 
 from test_framework.grpc_testing import free_address
-from test_framework.identities import Identities, unique
-from test_framework.servers import Database
 from test_framework.waiting import wait_until
-from tests.contract.dispatcher_calls import OK, PURE, TIMEOUT, UNSAFE, Desk, Wiring, make_call, wiring
+from tests.contract.dispatcher_calls import OK, PURE, TIMEOUT, UNSAFE, Desk, make_call
 from tests.contract.dispatcher_calls import tool as declared
 from tests.contract.dispatcher_network import Dispatcher, Network
 
 pytestmark = pytest.mark.contract
 grpc_service = "Dispatcher"
 grpc_databases = ("Registry",)
-
-
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any], contract_databases: Mapping[str, Database]) -> Wiring:
-    return wiring(contract_environment, contract_databases)
-
-
-@pytest.fixture
-async def desk(grpc_server: object, grpc_stub: object, grpc_addr: str, identities: Identities) -> AsyncIterator[Desk]:
-    found = Desk(grpc_addr, identities)
-    yield found
-    await found.close()
-
-
-@pytest.fixture
-def tenant() -> str:
-    return unique("tenant")
 
 
 class Gate:
@@ -212,6 +193,34 @@ async def test_a_worker_that_is_refused_says_why(desk: Desk, tenant: str, role: 
     worker = Worker({"gate": declare(Gate().tool)}, target=desk.address, token=token)
     with pytest.raises(WorkerError, match=rf"PERMISSION_DENIED.*operator.*{role}"):
         await asyncio.wait_for(worker.run(asyncio.Event()), TIMEOUT)
+
+
+async def test_a_worker_goes_on_with_a_new_token_and_ends_without_one(desk: Desk, tenant: str) -> None:
+    """Its stream ends with its token, in mid-call; the call goes on, and is delivered over the next stream."""
+    gate = Gate("unsafe")
+
+    def token(seconds: int) -> str:
+        return desk.identities.token(tenant, "ann", "operator", ttl_seconds=seconds)
+
+    given: list[str] = []
+
+    def ask() -> str:
+        # The second lasts until the call is through, and there is no third.
+        given.append(given[-1] if len(given) > 1 else token(3))
+        return given[-1]
+
+    attached = asyncio.Event()
+    worker = Worker({"gate": declare(gate.tool)}, target=desk.address, token=ask, ready=attached.set)
+    running = asyncio.ensure_future(worker.run(asyncio.Event()))
+    await asyncio.wait_for(attached.wait(), TIMEOUT)
+    stream = desk.calls()
+    ids = await stream.send(make_call("gate", tenant=tenant, effect=UNSAFE))
+    await wait_until(lambda: len(given) > 1)
+    gate.open.set()
+    (result,) = await stream.outcomes(ids)
+    assert (result.status, gate.executions) == (OK, 1)
+    with pytest.raises(WorkerError, match="UNAUTHENTICATED"):
+        await asyncio.wait_for(running, TIMEOUT)
 
 
 async def test_a_worker_whose_tool_changed_its_effect_says_so(desk: Desk, tenant: str) -> None:

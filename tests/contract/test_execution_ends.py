@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -16,12 +15,11 @@ from mainspring.v1 import execution_pb2 as pb
 from mainspring.v1 import types_pb2
 from mainspring_kit.identity import new_id
 
-from test_framework.agents import call, echo_agent, scripted_agent, step
+from test_framework.agents import call, scripted_agent, step
 from test_framework.grpc_testing import error_of
-from test_framework.identities import Identities, unique
 from test_framework.servers import Database
 from test_framework.waiting import wait_until
-from tests.contract.execution_platform import Caller, names, platform, terminal
+from tests.contract.execution_platform import Caller, names, terminal
 
 pytestmark = pytest.mark.contract
 
@@ -37,23 +35,6 @@ DONE = step("Done.", result={"answer": 1})
 
 
 # Any: servicers and settings have no common base.
-@pytest.fixture(scope="module")
-def grpc_wiring(
-    contract_environment: dict[str, Any], contract_databases: Mapping[str, Database]
-) -> Callable[[], AbstractAsyncContextManager[dict[str, Any]]]:
-    """All services and a worker."""
-    return partial(platform, contract_environment, contract_databases)
-
-
-@pytest.fixture
-async def ann(identities: Identities, aio_channel: grpc.aio.Channel) -> AsyncIterator[Caller]:
-    """A user of a tenant of the test's own, once runs can be started."""
-    caller = Caller(unique("tenant"), unique("person"), identities, aio_channel)
-    await caller.register(echo_agent())
-    await caller.until_ready("echo")
-    yield caller
-
-
 async def cancel(caller: Caller, run_id: str, **fields: str) -> pb.CancelRunResponse:
     answer: pb.CancelRunResponse = await caller.execution.CancelRun(
         pb.CancelRunRequest(run_id=run_id, **fields), **caller.options()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,13 @@ from mainspring_execution.__main__ import Execution, wired
 from mainspring_execution.config import ExecutionSettings
 from mainspring_kit.errors import MainspringError, from_status
 
-from test_framework.agents import call, echo_agent, scripted_agent, step
+from test_framework.agents import call, scripted_agent, step
 from test_framework.gate import Gate
-from test_framework.identities import Identities, make_context, unique
+from test_framework.identities import make_context
 from test_framework.rows import Rows
 from test_framework.servers import Database
 from test_framework.waiting import wait_until
-from tests.contract.execution_platform import Caller, names, platform, terminal
+from tests.contract.execution_platform import Caller, names, terminal
 
 pytestmark = pytest.mark.contract
 
@@ -37,23 +37,6 @@ DONE = step("Done.", result={"calls": "{{calls}}"})
 
 
 # Any: servicers and settings have no common base.
-@pytest.fixture(scope="module")
-def grpc_wiring(
-    contract_environment: dict[str, Any], contract_databases: Mapping[str, Database]
-) -> Callable[[], AbstractAsyncContextManager[dict[str, Any]]]:
-    """All services and a worker; this executor is the one that takes over."""
-    return partial(platform, contract_environment, contract_databases)
-
-
-@pytest.fixture
-async def ann(identities: Identities, aio_channel: grpc.aio.Channel) -> AsyncIterator[Caller]:
-    """A user of a tenant of the test's own, once runs can be started."""
-    caller = Caller(unique("tenant"), unique("person"), identities, aio_channel)
-    await caller.register(echo_agent())
-    await caller.until_ready("echo")
-    yield caller
-
-
 @pytest.fixture
 def settings(contract_environment: dict[str, Any]) -> ExecutionSettings:
     """Of the executor that a test ends."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
-from functools import partial
 from typing import Any
 
 import grpc
@@ -15,11 +12,10 @@ from mainspring.v1 import execution_pb2 as pb
 from mainspring.v1 import state_pb2, types_pb2
 from mainspring_kit.errors import from_status
 
-from test_framework.agents import call, echo_agent, scripted_agent, step
+from test_framework.agents import call, scripted_agent, step
 from test_framework.grpc_testing import error_of, violations_of
-from test_framework.identities import Identities, make_context, unique
-from test_framework.servers import Database
-from tests.contract.execution_platform import Caller, names, platform, terminal
+from test_framework.identities import make_context, unique
+from tests.contract.execution_platform import Caller, names, terminal
 
 pytestmark = pytest.mark.contract
 
@@ -31,23 +27,6 @@ COMPLETED, FAILED = types_pb2.RUN_STATE_COMPLETED, types_pb2.RUN_STATE_FAILED
 
 
 # Any: servicers and settings have no common base.
-@pytest.fixture(scope="module")
-def grpc_wiring(
-    contract_environment: dict[str, Any], contract_databases: Mapping[str, Database]
-) -> Callable[[], AbstractAsyncContextManager[dict[str, Any]]]:
-    """All services and a worker."""
-    return partial(platform, contract_environment, contract_databases)
-
-
-@pytest.fixture
-async def ann(identities: Identities, aio_channel: grpc.aio.Channel) -> AsyncIterator[Caller]:
-    """A user of a tenant of the test's own, with the echo agent, once runs can be started."""
-    caller = Caller(unique("tenant"), unique("person"), identities, aio_channel)
-    await caller.register(echo_agent())
-    await caller.until_ready("echo")
-    yield caller
-
-
 async def test_a_run_goes_through_its_five_events(ann: Caller) -> None:
     started = await ann.start("echo", "héllo", session_id="talk-1")
     assert started.state == RUNNING

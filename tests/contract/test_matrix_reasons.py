@@ -12,14 +12,16 @@ from mainspring_kit.errors import RULES
 
 from tests.contract.dispatcher_calls import Desk
 from tests.contract.matrix_calls import World
-from tests.contract.reasons_told import PROVOKED, Scene, Told
+from tests.contract.reasons_provoked import PROVOKED
+from tests.contract.reasons_told import Scene, Told
 from tests.tidy.source import ROOT, modules
 from tests.tidy.test_contracts import documented_reasons
 
 pytestmark = [pytest.mark.contract, pytest.mark.real_services]
 
-# What takes a thousand sockets, three dead executors or a flood: the test that provokes it.
+# What takes seconds, a thousand sockets, three dead executors or a flood: the test that provokes it.
 ELSEWHERE: Mapping[str, str] = {
+    "HELLO_MISSING": "tests/contract/test_dispatcher_attach.py",
     "RUN_POISONED": "tests/contract/test_state_leases.py",
     "SLOW_CONSUMER": "tests/contract/test_state_follow.py",
     "TOO_MANY_CONNECTIONS": "tests/flow/test_gateway_socket.py",

@@ -15,16 +15,10 @@ from mainspring_kit.identity import UserExecutionContext
 
 from test_framework.grpc_testing import error_of, violations_of
 from test_framework.identities import Identities, unique
-from tests.contract.registry_calls import TIMEOUT, Wiring, agent, until_blocked, wiring
+from tests.contract.registry_calls import TIMEOUT, agent, until_blocked
 
 pytestmark = pytest.mark.contract
 grpc_service = "Registry"
-
-
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
-    """The registry's own."""
-    return wiring(contract_environment)
 
 
 class Tenant:

@@ -14,18 +14,12 @@ import pytest
 
 from test_framework.identities import Identities, unique
 from test_framework.servers import PostgresServer
-from tests.contract.registry_calls import TIMEOUT, Wiring, agent, register_tool, tool, wiring
+from tests.contract.registry_calls import TIMEOUT, agent, register_tool, tool
 
 pytestmark = pytest.mark.contract
 grpc_service = "Registry"
 
 # Any in this module: generated stubs have no common base, asyncpg's connections are generic for checkers only.
-
-
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
-    """The registry's own."""
-    return wiring(contract_environment)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
@@ -18,41 +17,19 @@ from test_framework.waiting import wait_until
 from tests.contract.state_calls import (
     TIMEOUT,
     Executor,
-    Wiring,
     cancelled,
     completed,
-    executing,
     log_of,
     person,
     reason_of,
     started,
     thinking,
-    wiring,
 )
 
 pytestmark = pytest.mark.contract
 grpc_service = "State"
 
 # Any in this module: generated stubs have no common base.
-
-
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
-    """The state service's own."""
-    return wiring(contract_environment)
-
-
-@pytest.fixture
-async def executor(aio_stub: Any, identities: Identities) -> AsyncIterator[Executor]:
-    """An executor's Append stream."""
-    async with executing(aio_stub, identities) as opened:
-        yield opened
-
-
-@pytest.fixture
-def user() -> UserExecutionContext:
-    """A user of a tenant of the test's own."""
-    return person()
 
 
 async def run_of(stub: Any, identities: Identities, user: UserExecutionContext, run_id: str) -> types_pb2.Run:

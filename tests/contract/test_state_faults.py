@@ -21,14 +21,11 @@ from tests.contract.state_calls import (
     TIMEOUT,
     Executor,
     Watcher,
-    Wiring,
     claiming,
     completed,
-    executing,
     person,
     reason_of,
     thinking,
-    wiring,
 )
 
 pytestmark = pytest.mark.contract
@@ -38,19 +35,6 @@ grpc_service = "State"
 
 RUNS = 40
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
-    """The state service's own."""
-    return wiring(contract_environment)
-
-
-@pytest.fixture
-async def executor(aio_stub: Any, identities: Identities) -> AsyncIterator[Executor]:
-    """An executor's Append stream."""
-    async with executing(aio_stub, identities) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from tests.contract.state_calls import (
     Watcher,
     Wiring,
     completed,
-    executing,
     person,
     reason_of,
     thinking,
@@ -35,19 +34,6 @@ grpc_service = "State"
 def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
     """The state service's own; its streams hold little, so that a slow reader is one soon."""
     return wiring(contract_environment, follow_deliveries_max=200, follow_bytes_max=1 << 20, tail_runs_max=50)
-
-
-@pytest.fixture
-async def executor(aio_stub: Any, identities: Identities) -> AsyncIterator[Executor]:
-    """An executor's Append stream."""
-    async with executing(aio_stub, identities) as opened:
-        yield opened
-
-
-@pytest.fixture
-def user() -> UserExecutionContext:
-    """A user of a tenant of the test's own."""
-    return person()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,7 +19,6 @@ from test_framework.identities import Identities, unique
 from tests.contract.state_calls import (
     TIMEOUT,
     Executor,
-    Wiring,
     cancelled,
     claiming,
     completed,
@@ -30,7 +28,6 @@ from tests.contract.state_calls import (
     reason_of,
     started,
     thinking,
-    wiring,
 )
 
 pytestmark = pytest.mark.contract
@@ -42,19 +39,6 @@ STREAMS = 20
 RECOVERED = events_pb2.RunEvent(run_recovered=events_pb2.RunRecovered(attempt=1))
 
 
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
-    """The state service's own."""
-    return wiring(contract_environment)
-
-
-@pytest.fixture
-async def executor(aio_stub: Any, identities: Identities) -> AsyncIterator[Executor]:
-    """An executor's Append stream; the executor itself beats only where a test lets it."""
-    async with executing(aio_stub, identities) as opened:
-        yield opened
-
-
 @pytest.fixture(autouse=True)
 async def nothing_to_claim(contract_environment: dict[str, Any]) -> None:
     """What another test left undriven is not there for this one."""
@@ -63,12 +47,6 @@ async def nothing_to_claim(contract_environment: dict[str, Any]) -> None:
         await owner.execute("TRUNCATE state.leases, state.ready, state.queued, state.executors")
     finally:
         await owner.close()
-
-
-@pytest.fixture
-def user() -> UserExecutionContext:
-    """A user of a tenant of the test's own."""
-    return person()
 
 
 async def cancel(

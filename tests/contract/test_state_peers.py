@@ -29,14 +29,11 @@ from tests.contract.state_calls import (
     TIMES,
     Executor,
     Watcher,
-    Wiring,
     cancelled,
     completed,
     executing,
-    person,
     reason_of,
     thinking,
-    wiring,
 )
 
 pytestmark = pytest.mark.contract
@@ -46,12 +43,6 @@ grpc_service = "State"
 
 Serve = Callable[..., AbstractContextManager[str]]
 NOWHERE = "redis://127.0.0.1:1"
-
-
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
-    """The state service's own."""
-    return wiring(contract_environment)
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +92,6 @@ async def other_stub(other_address: str) -> AsyncIterator[Any]:
     """A stub of the second process."""
     async with grpc.aio.insecure_channel(other_address) as channel:
         yield state_pb2_grpc.StateServiceStub(channel)
-
-
-@pytest.fixture
-async def executor(aio_stub: Any, identities: Identities) -> AsyncIterator[Executor]:
-    """An executor's Append stream to the first process."""
-    async with executing(aio_stub, identities) as opened:
-        yield opened
-
-
-@pytest.fixture
-def user() -> UserExecutionContext:
-    """A user of a tenant of the test's own."""
-    return person()
 
 
 async def test_a_watcher_elsewhere_sees_what_is_appended_here(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
@@ -18,31 +17,15 @@ from test_framework.identities import Identities
 from tests.contract.state_calls import (
     TIMEOUT,
     Executor,
-    Wiring,
     completed,
-    executing,
     person,
     thinking,
-    wiring,
 )
 
 pytestmark = pytest.mark.contract
 grpc_service = "State"
 
 # Any in this module: generated stubs and requests have no common base.
-
-
-@pytest.fixture(scope="module")
-def grpc_wiring(contract_environment: dict[str, Any]) -> Wiring:
-    """The state service's own."""
-    return wiring(contract_environment)
-
-
-@pytest.fixture
-async def executor(aio_stub: Any, identities: Identities) -> AsyncIterator[Executor]:
-    """An executor's Append stream."""
-    async with executing(aio_stub, identities) as opened:
-        yield opened
 
 
 class Reader:
