@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ RESULTS: Final = DOCS / "benchmarks"
 PAGE: Final = DOCS / "benchmarks.md"
 # Written by hand: what limits the figures, with the profiles that show it.
 LIMITS: Final = RESULTS / "limits.md"
+PROCESS_CPU: Final = re.compile(r"cpu_ms_per_run_(?P<process>[a-z_]+)_64")
 BUSY_PERCENT_MAX: Final = 20.0
 PEER_FIGURES: Final = {
     "runs_per_second": "runs a second",
@@ -96,6 +98,7 @@ def _workload(report: Mapping[str, Any]) -> str:
     title, what = _TITLES[name]
     rows = [_row(goal, report) for goal in GOALS[name] if goal.figure in report["figures"]]
     lines = [f"## {title}", "", what, "", "| | measured | goal | |", "|---|---|---|---|", *rows]
+    lines += _processes(report)
     if report["peers"]:
         lines += ["", *_peers(report)]
     lines += ["", f"{report['slices']} slices, {report['slices_discarded']} of them left out. Seed {report['seed']}."]
@@ -111,6 +114,21 @@ def _row(goal: Goal, report: Mapping[str, Any]) -> str:
     met = goal.is_met(value)
     verdict = "" if met is None else "reached" if met else "**missed**"
     return f"| {goal.title} | {number(value)}{between} | {goal.text()} | {verdict} |"
+
+
+def _processes(report: Mapping[str, Any]) -> list[str]:
+    """Where the CPU of one run goes, where a workload has looked."""
+    found = {
+        match["process"].replace("_", " "): value
+        for name, value in report["figures"].items()
+        if (match := PROCESS_CPU.fullmatch(name)) and value > 0
+    }
+    if not found:
+        return []
+    heads = " | ".join(found)
+    cells = " | ".join(map(number, found.values()))
+    title = "CPU of one run at 64 sockets by process, ms:"
+    return ["", title, "", f"| {heads} |", "|" + "---|" * len(found), f"| {cells} |"]
 
 
 def _peers(report: Mapping[str, Any]) -> list[str]:

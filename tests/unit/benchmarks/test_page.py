@@ -22,6 +22,14 @@ def test_figures_stand_beside_goals_with_their_spread() -> None:
     assert text.endswith("## What limits it\n\nThe processor.\n")
 
 
+def test_the_cpu_of_a_run_is_shown_by_process() -> None:
+    report = Report("throughput", 1)
+    report.add(
+        "64", [Slice({"cpu_ms_per_run": 0.9, "cpu_ms_per_run_state": 0.4, "cpu_ms_per_run_load_generator": 0.5}, 1)]
+    )
+    assert "| state | load generator |\n|---|---|\n| 0.40 | 0.50 |\n" in page([report.to_json()], "")
+
+
 def test_peers_stand_beside_us_for_each_number_of_callers() -> None:
     report = Report("throughput", 1)
     ours = [Slice({"runs_per_second": 300.0, "p50_ms": 3.0}, 1.0)]
