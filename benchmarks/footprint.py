@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.harness import Report, Slice, memory, parser, progress, yardstick
+from benchmarks.harness import Report, Slice, cpu_seconds, memory, parser, progress, yardstick
 
 SECONDS_DEFAULT: Final = 5.0
 READY_SECONDS_MAX: Final = 120.0
@@ -74,7 +74,8 @@ async def _start(folder: Path, slices: list[Slice]) -> AsyncIterator[dict[str, l
     try:
         described = await _ready(ready_file, process)
         seconds = time.perf_counter() - begin
-        slices.append(Slice({"ready_seconds": seconds}, min(before, yardstick())))
+        figures = {"ready_seconds": seconds, "ready_cpu_seconds": cpu_seconds(process.pid)}
+        slices.append(Slice(figures, min(before, yardstick())))
         yield {"mainspring dev": [process.pid], **described["pids"]}
     finally:
         if process.returncode is None:

@@ -81,6 +81,8 @@ GOALS: Final[Mapping[str, Sequence[Goal]]] = {
     "footprint": [
         Goal("ready_seconds_first", "`mainspring dev` to ready, the first time, s", at_most=12),
         Goal("ready_seconds_second", "`mainspring dev` to ready, later, s", at_most=4),
+        Goal("ready_cpu_seconds_first", "CPU of that, the first time, s"),
+        Goal("ready_cpu_seconds_second", "CPU of that, later, s"),
         Goal("pss_mib_five_processes", "the five processes together, MiB (shared pages once: PSS)", at_most=400),
         Goal("rss_mib_five_processes", "the same with shared pages counted in each (sum of RSS), MiB"),
         *(

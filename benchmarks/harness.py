@@ -50,20 +50,24 @@ class Cpu:
         return {name: round(now[name] - self._before[name], 3) for name in now}
 
     def _read(self) -> dict[str, float]:
-        return {name: sum(map(self._seconds, pids)) for name, pids in self._pids.items()}
-
-    def _seconds(self, pid: int) -> float:
-        total = 0.0
         # The load generator's children are the platform itself: they are counted under their own names.
-        for member in _family(pid) if pid != os.getpid() else [psutil.Process(pid)]:
-            try:
-                times = member.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            total += times.user + times.system
-            if pid != os.getpid():
-                total += times.children_user + times.children_system
-        return total
+        return {
+            name: sum(cpu_seconds(pid, alone=pid == os.getpid()) for pid in pids) for name, pids in self._pids.items()
+        }
+
+
+def cpu_seconds(pid: int, *, alone: bool = False) -> float:
+    """CPU seconds that a process has used so far; unless `alone`, with those of its children, living and reaped."""
+    total = 0.0
+    for member in _family(pid)[: 1 if alone else None]:
+        try:
+            times = member.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+        if not alone:
+            total += times.children_user + times.children_system
+    return total
 
 
 def under_test(used: Mapping[str, float]) -> float:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
-from benchmarks.harness import Report, Slice, keep, median, percentile, repeated, spread, under_test
+from benchmarks.harness import Report, Slice, cpu_seconds, keep, median, percentile, repeated, spread, under_test
 
 pytestmark = pytest.mark.unit
 
@@ -94,3 +97,9 @@ async def test_an_uneven_machine_is_measured_longer_but_not_for_ever(speeds: lis
         return Slice({"runs": 1.0}, next(left))
 
     assert len(await repeated(measure, 5, title="a test")) == count
+
+
+def test_cpu_of_children_counts_under_test_but_not_for_the_load_generator() -> None:
+    burn = "sum(range(3_000_000))"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert cpu_seconds(os.getpid()) > cpu_seconds(os.getpid(), alone=True) > 0
