@@ -20,6 +20,7 @@ from tests.simulation.mutations import MUTATIONS, mutated
 
 # A process plays so many and ends: that is quicker than to collect their garbage.
 CHUNK = 200
+CHUNK_FIRST = 50
 SHOWN_MAX = 20
 
 
@@ -32,9 +33,9 @@ def play_chunk(seeds: range, *, mutation: str = "") -> list[Outcome]:
         return [outcome for outcome in map(play, seeds) if outcome.violations]
 
 
-def play_many(seeds: range, *, processes: int, mutation: str = "") -> Iterator[list[Outcome]]:
+def play_many(seeds: range, *, processes: int, chunk: int, mutation: str = "") -> Iterator[list[Outcome]]:
     """The failed histories, chunk by chunk."""
-    chunks = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
+    chunks = [seeds[start : start + chunk] for start in range(0, len(seeds), chunk)]
     with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         yield from pool.imap_unordered(partial(play_chunk, mutation=mutation), chunks, chunksize=1)
 
@@ -58,12 +59,13 @@ def main() -> int:
     failed: list[Outcome] = []
     played = 0
     seeds = range(asked.seed, asked.seed + asked.histories)
-    for outcomes in play_many(seeds, processes=asked.processes, mutation=asked.mutation):
+    chunk = CHUNK_FIRST if asked.first else CHUNK
+    for outcomes in play_many(seeds, processes=asked.processes, chunk=chunk, mutation=asked.mutation):
         for outcome in outcomes[: max(0, SHOWN_MAX - len(failed))]:
             print(f"seed {outcome.seed}: {outcome.violations[0]}")
             print(f"  to see it: python -m tests.simulation {outcome.seed}{option}", flush=True)
         failed += outcomes
-        played += min(CHUNK, asked.histories - played)
+        played += min(chunk, asked.histories - played)
         if failed and asked.first:
             break
     print(f"{played} histories, {len(failed)} failed, {time.perf_counter() - began:.1f} s")

@@ -132,7 +132,7 @@ class History:
             process.is_paused = True
             world.loop.call_later(rng.random() * 6.0, world.loop.resume, process)
         elif kind == "stall":
-            process.stalled_until = world.loop.now + rng.random() * 6.0
+            process.stalled_until = world.loop.now + 1.0 + rng.random() * 5.0
         elif kind == "cut":
             other = self._process(rng.choice(list(world.network.hosts)))
             world.network.break_calls(process, other)
@@ -144,8 +144,8 @@ class History:
     def _stall_claimer(self, executor_id: str) -> None:
         """A claim is slow on its way: whoever had the run before may write meanwhile."""
         for host in self._world.network.hosts.values():
-            if host.process is not None and host.process.name == executor_id and self._rng.random() < 0.3:
-                host.process.stalled_until = self._world.loop.now + self._rng.random() * 2.0
+            if host.process is not None and host.process.name == executor_id and self._rng.random() < 0.5:
+                host.process.stalled_until = self._world.loop.now + self._rng.random() * 3.0
 
     def _restart(self, address: str, process: Process) -> None:
         """Kills what the step did not come to, and starts its successor."""

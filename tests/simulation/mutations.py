@@ -14,9 +14,6 @@ from mainspring_execution.engine.ending import Ending
 from mainspring_execution.engine.lease import Lease
 from mainspring_execution.peers import Dispatcher
 from mainspring_kit import streams
-from mainspring_state.core import backlog
-from mainspring_state.core.append import Entry
-from mainspring_state.core.backlog import Backlog
 from mainspring_state.core.feed import Feed
 from mainspring_state.engine import follower
 from mainspring_state.engine.committer import Committer
@@ -70,23 +67,14 @@ def _end_twice() -> Callable[..., None]:
     return end_twice
 
 
-def _since_one_later() -> Callable[..., list[bytes] | None]:
+def _since_one_earlier() -> Callable[..., list[bytes] | None]:
     since = Feed.since
-
-    def later(self: Feed, after_seq: int) -> list[bytes] | None:
-        events = since(self, after_seq)
-        return events[1:] if events and len(events) > 1 else events
-
-    return later
+    return lambda self, after_seq: since(self, max(0, after_seq - 1))
 
 
-def _accept_one_again() -> Callable[..., int]:
-    accept = Feed.accept
-
-    def again(self: Feed, first_seq: int, events: list[bytes]) -> int:
-        return max(0, accept(self, first_seq, events) - 1)
-
-    return again
+def _settle_one_ahead() -> Callable[..., None]:
+    settle = Feed.settle
+    return lambda self, seq: settle(self, seq + 1)
 
 
 def _no_silence(self: Schema, connected: float) -> set[str]:
@@ -112,11 +100,6 @@ def _count_ids() -> Callable[..., str]:
     return make
 
 
-def _in_any_order(entry: Entry) -> list[tuple[str, ...]]:
-    """Nothing keeps two appends of a run out of one batch, or in order."""
-    return [(entry.append.append_id,)]
-
-
 def _mutations() -> dict[str, list[Patch]]:
     return {
         "the epoch is not checked": [(Tables, "is_holder", _yes)],
@@ -124,8 +107,8 @@ def _mutations() -> dict[str, list[Patch]]:
         "append ids are not compared": [(Tables, "is_repeat", _no)],
         "finished calls are made again": [(drive, "fold", _fold_without_outcomes())],
         "events are delivered before the commit": [(Committer, "_take", _deliver_early())],
-        "the join loses an event": [(Feed, "since", _since_one_later())],
-        "the join doubles an event": [(Feed, "accept", _accept_one_again())],
+        "the join begins an event too early": [(Feed, "since", _since_one_earlier())],
+        "the join takes the log for an event longer": [(Feed, "settle", _settle_one_ahead())],
         "gaps are not seen": [(Feed, "misses", _no)],
         "missed events are not read": [(Talk, "_heal_all", _heal_nothing)],
         "the lease is not looked at": [(Lease, "is_held", property(_yes))],
@@ -138,8 +121,6 @@ def _mutations() -> dict[str, list[Patch]]:
         "a broken stream sends nothing again": [(streams._Link, "rewind", _rewind_nothing)],
         "provider state is shown": [(follower, "public", list)],
         "rows of others are shown": [(Schema, "get_run", _anybodys_run)],
-        "a batch holds a run twice": [(backlog, "_keys", _in_any_order)],
-        "a stale append leaves its successors": [(Backlog, "drop_successors", lambda self, entry: [])],
     }
 
 
