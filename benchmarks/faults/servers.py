@@ -78,7 +78,13 @@ class Database:
         """Each by itself, so that a lock is held no longer than it must be."""
         async with self._connected(url or self._url) as connection:
             for statement in statements:
-                await connection.execute(statement)
+                while True:
+                    try:
+                        await connection.execute(statement)
+                        break
+                    except asyncpg.DeadlockDetectedError:
+                        # With an insert that goes the other way round over the log's partitions.
+                        await asyncio.sleep(_RETRY_SECONDS)
 
     @asynccontextmanager
     async def _connected(self, url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -199,9 +199,19 @@ class Follower:
 
     def _begin(self, subscribe: state_pb2.Subscribe, user: UserExecutionContext) -> None:
         key = (user.tenant_id, subscribe.run_id.lower())
-        assert self._tasks is not None, "subscriptions come by the stream"
         self._replaying.setdefault(key, set()).add(subscribe.subscription_id)
-        self._tasks.create_task(self._serve(subscribe, key, user=user))
+        self._spawn(self._serve(subscribe, key, user=user))
+
+    def _spawn(self, serving: Coroutine[object, object, None]) -> None:
+        """In the call's own group, which takes nothing more when the call is just ending: then nobody listens.
+
+        The committer may be who asks, and serves all others too: it must not suffer for that.
+        """
+        assert self._tasks is not None, "subscriptions come by the stream"
+        try:
+            self._tasks.create_task(serving)
+        except RuntimeError:
+            serving.close()
 
     async def _serve(self, subscribe: state_pb2.Subscribe, key: Key, *, user: UserExecutionContext) -> None:
         """Replays a subscription and leaves it live, or over."""
@@ -324,7 +334,7 @@ class Follower:
             limit=self._limits.deliveries_max,
         )
         self._leave()
-        self._tasks.create_task(_fail(self._failure))
+        self._spawn(_fail(self._failure))
 
     def _end_if_done(self) -> None:
         if self._is_half_closed and not self._replaying and not self._live:
