@@ -25,6 +25,7 @@ SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
 )
 
 

@@ -47,14 +47,6 @@ def draining() -> MainspringError:
     )
 
 
-def token_expired() -> MainspringError:
-    """What a connection is told whose token was not renewed in time."""
-    detail = "it has expired"
-    return MainspringError(
-        Reason.TOKEN_INVALID, f"The bearer token is not valid any more: {detail}. Get a new one.", detail=detail
-    )
-
-
 def slow_consumer(limit_bytes: int) -> MainspringError:
     """What a connection is told that does not take its events."""
     return MainspringError(

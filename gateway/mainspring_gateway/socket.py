@@ -16,7 +16,7 @@ from mainspring_gateway.config import GatewaySettings
 from mainspring_gateway.conversation import Conversation
 from mainspring_gateway.core import commands
 from mainspring_gateway.core.frames import PING_FRAME, FrameId, error_frame, pong_frame, reply
-from mainspring_gateway.gateway import BEGUN, GATEWAY, Gateway, slow_consumer, token_expired
+from mainspring_gateway.gateway import BEGUN, GATEWAY, Gateway, slow_consumer
 from mainspring_gateway.outgoing import Outgoing
 
 SUBPROTOCOL: Final = "mainspring.v1.json"
@@ -107,7 +107,7 @@ class Socket:
         """Pings a silent client; lets go one that stays silent or whose token has expired."""
         heartbeat_seconds = self._gateway.settings.heartbeat_seconds
         if self._conversation is not None and self._conversation.principal.expire_time <= wall_time:
-            self.shut(token_expired())
+            self.shut(self._conversation.principal.expired())
         elif self._ping_time:
             if monotonic_time - self._ping_time > heartbeat_seconds:
                 self._is_silent = True

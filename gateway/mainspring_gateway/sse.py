@@ -15,7 +15,7 @@ from mainspring_gateway import metrics
 from mainspring_gateway.core import queries
 from mainspring_gateway.core.events import EncodedEvent, sse_block
 from mainspring_gateway.core.feeds import Follow
-from mainspring_gateway.gateway import BEGUN, Gateway, slow_consumer, token_expired
+from mainspring_gateway.gateway import BEGUN, Gateway, slow_consumer
 
 MEDIA_TYPE: Final = "text/event-stream"
 
@@ -88,7 +88,7 @@ class EventStream:
     def beat(self, monotonic_time: float, wall_time: float) -> None:
         """Ends the stream when the token has expired."""
         if self._principal.expire_time <= wall_time:
-            self.shut(token_expired())
+            self.shut(self._principal.expired())
 
     def shut(self, error: MainspringError) -> None:
         """Ends the stream; SSE has no words for why, so the log has them."""
