@@ -59,7 +59,7 @@ def test_a_goal_is_the_least_or_the_most(goal: Goal, met: bool | None) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (1234.5, "1,234"), (99.96, "100.0"), (1.239, "1.24"), (12.0, "12"), (0.004, "0.00")],
+    [(None, "–"), (1234.5, "1,234"), (123.4, "123"), (99.96, "100.0"), (1.239, "1.24"), (12.0, "12"), (0.004, "0.00")],
 )
 def test_numbers_are_as_people_read_them(value: float | None, text: str) -> None:
     assert number(value) == text
