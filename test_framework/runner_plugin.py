@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-# One marker each; the first six are also the folders of tests/.
+# One marker each; the first seven are also the folders of tests/.
 CATEGORIES: Mapping[str, str] = {
     "unit": "pure, no I/O",
     "contract": "one real service over a real wire",
     "integration": "the whole running stack",
     "flow": "several real processes, killed and restarted",
     "simulation": "many processes over virtual time, from a seed",
+    "fuzz": "hostile input, made from a seed",
     "tidy": "the rules of the house",
     "websocket": "the gateway's socket",
     "database": "rows and migrations",

@@ -15,7 +15,7 @@ from test_framework.fixtures.real_services import private_stack, real_services_f
 __all__ = ["private_stack", "real_services_fixture"]
 
 TESTS = Path(__file__).parent
-FOLDERS_THAT_ARE_CATEGORIES = {"unit", "contract", "integration", "flow", "tidy", "simulation"}
+FOLDERS_THAT_ARE_CATEGORIES = {"unit", "contract", "integration", "flow", "tidy", "simulation", "fuzz"}
 
 # grpc.aio wakes every loop of the process for the events of any (grpc/grpc#23377); one that finds none says so.
 _GRPC_POLLER = "PollerCompletionQueue"

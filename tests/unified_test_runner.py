@@ -31,6 +31,7 @@ CATEGORIES = (
     ("integration", "the whole running stack"),
     ("flow", "several real processes, killed and restarted"),
     ("simulation", "many processes over virtual time, from a seed"),
+    ("fuzz", "hostile input, made from a seed"),
     ("tidy", "the rules of the house"),
     ("websocket", "the gateway's socket"),
     ("database", "rows and migrations"),

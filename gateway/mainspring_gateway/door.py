@@ -68,18 +68,18 @@ class Visitor(web.RequestHandler):
         self._strangers.leave(self)
         super().connection_lost(exc)
 
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        """Of aiohttp: what came is no HTTP, and not logged, for it may hold a credential; or a fault of its own."""
-        if not isinstance(exc, HttpProcessingError):
-            return super().handle_error(request, status, exc, message)
+    def _answer_error(self, request: web.BaseRequest, status: int = 500, *told: Any) -> web.StreamResponse:
+        """Refuses what is no HTTP, and does not log it: it may hold a credential. `told`: aiohttp's error and text."""
+        if not told or not isinstance(told[0], HttpProcessingError):
+            return super().handle_error(request, status, *told)
         error = MainspringError(
             Reason.REQUEST_INVALID, "What was sent is no HTTP request: check its first line and its headers.", field=""
         )
         response = web.Response(body=problem(error, new_id()), status=error.http_status, content_type=CONTENT_TYPE)
         response.force_close()
         return response
+
+    handle_error = _answer_error  # type: ignore[assignment]  # aiohttp's name for it; error and text are one argument
 
 
 class _TurnedAway(asyncio.Protocol):

@@ -23,7 +23,7 @@ from tests.fuzz.messages import JSONS, TEXTS
 from tests.fuzz.raw_socket import BINARY, CLOSE, PING, PONG, TEXT, RawSocket, client_frame
 from tests.fuzz.witness import Witness
 
-pytestmark = [pytest.mark.flow, pytest.mark.real_services, pytest.mark.security, pytest.mark.websocket]
+pytestmark = [pytest.mark.fuzz, pytest.mark.real_services, pytest.mark.security, pytest.mark.websocket]
 
 CHECK_SECONDS = 120.0
 SERVER_OPS = {"welcome", "event", "delta", "error", "ok", "started", "pong", "caught_up"}

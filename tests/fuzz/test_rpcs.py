@@ -20,7 +20,7 @@ from tests.fuzz.conftest import AT_A_TIME, LONG, Attack
 from tests.fuzz.messages import Vocabulary
 from tests.fuzz.witness import Witness
 
-pytestmark = [pytest.mark.flow, pytest.mark.real_services, pytest.mark.security]
+pytestmark = [pytest.mark.fuzz, pytest.mark.real_services, pytest.mark.security]
 
 FRAMES_MAX = 3
 CHECK_SECONDS = 120.0
