@@ -79,7 +79,7 @@ class History:
         if self._rng.random() < 0.3:
             world.server.fault_share = 0.05
         if self._rng.random() < 0.3:
-            world.bus.loss_share = 0.1
+            world.bus.loss_share = 0.25
         loop.call_later(ROUGH_SECONDS, self._calm_down)
         world.checker.on_claim = self._stall_claimer
         browser = self._process("browser-1:1")
