@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -13,13 +14,13 @@ from urllib.parse import urlsplit
 import asyncpg
 from mainspring.dev import Stack
 
-from benchmarks.harness import Cpu, Report, Slice, Subject, progress, under_test
+from benchmarks.harness import COUNTED_MIN, Cpu, Report, Slice, Subject, keep, progress, under_test
 from benchmarks.peers.child import PeerLoad, child
 from benchmarks.peers.environment import PROGRAMS, SLOW_PROGRAMS, Program, UnavailableError
 
 CALLERS: Final = (1, 64)
 SECONDS_MAX: Final = 2.0
-SLOW_ROUNDS_MAX: Final = 3
+SLOW_ROUNDS: Final = 3
 WARM_UP_CALLERS: Final = 8
 WARM_UP_SECONDS: Final = 1.0
 IDLE_SECONDS: Final = 3.0
@@ -31,17 +32,27 @@ COMPARED: Final = {"runs_per_second": True, "p50_ms": False, "cpu_ms_per_run": F
 Pair = tuple[Slice, Slice]
 
 
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """How many rounds of slices of so many seconds; on an uneven machine more than the least, until enough count."""
+
+    least: int
+    most: int
+    seconds: float
+
+
 async def measure_beside_peers(running: Stack, ours: Subject, report: Report, *, seconds: float, repeat: int) -> None:
     """Adds `peers` and `ratios` for every peer that is set up; of the others a note with the reason."""
     seconds = min(seconds, SECONDS_MAX)
-    await _measure_group(PROGRAMS, running, ours, report=report, seconds=seconds, repeat=repeat)
+    many = Rounds(repeat, 2 * repeat, seconds)
+    few = Rounds(min(repeat, SLOW_ROUNDS), min(repeat, SLOW_ROUNDS), seconds)
+    await _measure_group(PROGRAMS, running, ours, report=report, rounds=many)
     for program in SLOW_PROGRAMS:
-        rounds = min(repeat, SLOW_ROUNDS_MAX)
-        await _measure_group([program], running, ours, report=report, seconds=seconds, repeat=rounds)
+        await _measure_group([program], running, ours, report=report, rounds=few)
 
 
 async def _measure_group(
-    programs: Sequence[Program], running: Stack, ours: Subject, *, report: Report, seconds: float, repeat: int
+    programs: Sequence[Program], running: Stack, ours: Subject, *, report: Report, rounds: Rounds
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="mainspring-peers-") as folder:
         async with _peers(programs, running, Path(folder), report=report) as peers:
@@ -53,26 +64,32 @@ async def _measure_group(
                     peers.remove(peer)
             await _measure_idle(running, peers, report)
             for callers in CALLERS:
-                await _rounds(ours, peers, callers, seconds=seconds, repeat=repeat, report=report)
+                await _rounds(ours, peers, callers, rounds=rounds, report=report)
 
 
-async def _rounds(
-    ours: Subject, peers: list[PeerLoad], callers: int, *, seconds: float, repeat: int, report: Report
-) -> None:
-    """Ours, a peer, ours, the next peer, and so on, so many times."""
+async def _rounds(ours: Subject, peers: list[PeerLoad], callers: int, *, rounds: Rounds, report: Report) -> None:
+    """Ours, a peer, ours, the next peer, and so on; on an uneven machine again for those of which too few count."""
     pairs: dict[str, list[Pair]] = {peer.name: [] for peer in peers}
-    for number in range(repeat):
+    for number in range(rounds.most):
         for peer in list(peers):
-            progress(f"{callers} callers, round {number + 1} of {repeat}: mainspring and {peer.name}")
-            mine = await ours.measure(callers, seconds)
+            if number >= rounds.least and counted(pairs[peer.name]) >= min(COUNTED_MIN, rounds.least):
+                continue
+            progress(f"{callers} callers, round {number + 1} of {rounds.least}: mainspring and {peer.name}")
+            mine = await ours.measure(callers, rounds.seconds)
             try:
-                pairs[peer.name].append((mine, await peer.measure(callers, seconds)))
+                pairs[peer.name].append((mine, await peer.measure(callers, rounds.seconds)))
             except UnavailableError as error:
                 _leave_out(peer.name, error, report)
                 peers.remove(peer)
     for name, found in pairs.items():
         if found:
             add_pairs(name, callers, found, report=report)
+
+
+def counted(pairs: Sequence[Pair]) -> int:
+    """How many of these pairs count: those in which both slices do."""
+    flags = keep([piece for pair in pairs for piece in pair])
+    return sum(one and two for one, two in zip(flags[::2], flags[1::2], strict=True))
 
 
 def add_pairs(peer: str, callers: int, pairs: Sequence[Pair], *, report: Report) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.harness import Report, Slice
-from benchmarks.interleave import add_pairs
+from benchmarks.interleave import add_pairs, counted
 
 pytestmark = pytest.mark.unit
 
@@ -31,6 +31,12 @@ def test_a_pair_beside_which_the_machine_was_slow_does_not_count() -> None:
     report = Report("test", 1)
     add_pairs("other", 1, [(piece(100, 2), piece(10, 40)), (piece(30, 9), piece(10, 40, speed=6.0))], report=report)
     assert report.ratios["other_runs_per_second_1"] == {"median": 10, "low": 10, "high": 10, "pairs": 1}
+
+
+def test_a_pair_counts_if_both_its_slices_do() -> None:
+    good, bad = piece(1, 1), piece(1, 1, speed=6.0)
+    assert counted([]) == 0
+    assert counted([(good, good), (good, bad), (bad, good), (bad, bad), (good, good)]) == 2
 
 
 def test_a_pair_in_which_no_run_of_the_peers_ended_has_no_ratio() -> None:
