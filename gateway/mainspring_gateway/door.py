@@ -63,6 +63,11 @@ class Visitor(web.RequestHandler):
         else:
             super().connection_made(transport)
 
+    def log_exception(self, *args: Any, **options: Any) -> None:  # Any: as loggers have it
+        """Of aiohttp: a fault. A body that is broken is none of ours, and what it says may be a secret."""
+        if not isinstance(options.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **options)
+
     def connection_lost(self, exc: BaseException | None) -> None:
         """Of asyncio: the connection is gone."""
         self._strangers.leave(self)

@@ -76,6 +76,15 @@ async def test_what_is_no_http_is_refused_and_leaves_no_trace(gateway: GatewayPr
     assert b"Traceback" not in log
 
 
+async def test_a_body_that_nobody_wanted_leaves_no_trace_though_it_is_broken(gateway: GatewayProcess) -> None:
+    head, _, body = (
+        await answer_to(gateway, HEAD + b"Content-Encoding: gzip\r\nContent-Length: 7\r\n\r\nno gzip")
+    ).partition(b"\r\n\r\n")
+    assert b" 401 " in head
+    assert json.loads(body)["reason"] == "TOKEN_MISSING"
+    assert b"Traceback" not in gateway.log.read_bytes()
+
+
 async def test_a_request_that_does_not_get_whole_is_not_waited_for(narrow_gateway: GatewayProcess) -> None:
     async with half_open(narrow_gateway) as reader:
         assert await asyncio.wait_for(reader.read(), 10) == b""

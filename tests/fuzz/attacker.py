@@ -98,17 +98,20 @@ class Attacker:
     def send(self, call: Call) -> list[str]:
         """Sends the frames, on one stream or in one call; returns what is wrong with the answers."""
         rpc = call.rpc
-        answers: list[Message] = []
+        is_users = call.credential in ("right", "viewer") and rpc.role != "service"
+        faults: list[str] = []
+        answers = 0
         try:
-            answers.extend(self._answers(rpc, call.frames, self.metadata(rpc, call.credential)))
+            for answer in self._answers(rpc, call.frames, self.metadata(rpc, call.credential)):
+                answers += 1
+                faults.extend(self._faults(answer, is_users=is_users))
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.CANCELLED:
-                return self._faults_of_refusal(error)
+                faults.extend(self._faults_of_refusal(error))
         if answers:
             self.answered[rpc.name] += 1
-        self.streams[rpc.path] += rpc.is_stream and bool(answers)
-        private = call.credential in ("right", "viewer") and rpc.role != "service"
-        return [fault for answer in answers for fault in self._faults(answer, is_users=private)]
+            self.streams[rpc.path] += rpc.is_stream
+        return faults
 
     def _answers(self, rpc: Rpc, frames: Sequence[bytes], metadata: Metadata) -> Iterator[Message]:
         channel: Any = self._channels[rpc.service.lower()]  # Any: its types know no bytes sent as they are
@@ -201,6 +204,7 @@ def words_of(attacker: Attacker, foreign: Mapping[str, str]) -> dict[str, Sequen
         "nanos": [50_000_000],
         "input_schema": [b'{"type":"object"}'],
         "shared": [False],
+        "effect": [types_pb2.EFFECT_CLASS_PURE],
     }
 
 
