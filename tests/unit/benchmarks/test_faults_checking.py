@@ -29,8 +29,7 @@ def whole_log() -> list[pb.RunEvent]:
         {"tool_completed": pb.ToolCompleted(call_id=CALL, tool=COUNT_TOOL, status=types_pb2.TOOL_STATUS_OK)},
         {"agent_completed": pb.AgentCompleted(result=b"1")},
     ]
-    # Any of the payloads' own types.
-    return [pb.RunEvent(run_id=RUN, seq=seq, **payload) for seq, payload in enumerate(payloads, 1)]  # type: ignore[arg-type]
+    return [pb.RunEvent(run_id=RUN, seq=seq, **payload) for seq, payload in enumerate(payloads, 1)]  # type: ignore[arg-type]  # a payload
 
 
 def rows_of(events: list[pb.RunEvent]) -> list[EventRow]:
