@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from tests.simulation.world import World, installed
 # After so many virtual seconds everything must have ended: takeovers take some five seconds each.
 SECONDS_MAX = 60.0
 # Faults come within this time; then the world is kind.
+CPU_SECONDS_MAX = 20.0
 ROUGH_SECONDS = 3.0
 
 
@@ -37,6 +39,8 @@ class Outcome:
 def play(seed: int, *, trace: Callable[[str], None] | None = None) -> Outcome:
     """Plays the history of this seed."""
     random.seed(seed)
+    signal.signal(signal.SIGVTALRM, _stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS_MAX)
     world = World(seed, trace=trace)
     with installed(world):
         try:
@@ -45,10 +49,15 @@ def play(seed: int, *, trace: Callable[[str], None] | None = None) -> Outcome:
         except LivelockError as error:
             world.checker.fail(str(error))
         finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             world.loop.reap()
     violations = [*world.checker.violations, *world.loop.errors]
     events = sum(len(rows) for rows in world.schema.events.values())
     return Outcome(seed, tuple(violations), world.loop.now, events)
+
+
+def _stop(signum: int, frame: object) -> None:
+    raise LivelockError("a step does not end")
 
 
 class History:

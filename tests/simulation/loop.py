@@ -18,7 +18,7 @@ PROCESS: Final[contextvars.ContextVar[Process]] = contextvars.ContextVar("simula
 STEPS_MAX: Final = 20_000
 
 
-class LivelockError(Exception):
+class LivelockError(BaseException):
     """A history goes round in circles."""
 
 

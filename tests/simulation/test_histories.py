@@ -33,6 +33,13 @@ def test_every_invariant_holds_in_10_000_histories() -> None:
     assert code == 0, output
 
 
+@pytest.mark.parametrize("seed", ["1002435"])
+def test_histories_that_once_found_a_fault(seed: str) -> None:
+    # 1002435: a run claimed late, which had ended after a cancel meanwhile, kept its executor busy for ever.
+    code, output = run_simulation(seed, timeout_seconds=60)
+    assert code == 0, output
+
+
 def test_a_history_is_the_same_in_each_replay() -> None:
     first, second = (run_simulation("7", timeout_seconds=60) for _ in range(2))
     assert first == second

@@ -171,6 +171,8 @@ class Drive:
         if attention.is_troubled:
             return await self._mend()
         if journal.progress.ended:
+            # Also where the log says so after a refused append: no cancel and no deadline can interrupt that any more.
+            attention.is_ending = True
             await self._wait_durable()
             return not journal.is_settled or attention.is_interrupted
         if attention.cancel_input is not None:
