@@ -53,6 +53,13 @@ PATHS = (
         "{word}",
     ),
 )
+# What changes something: method, path and body.
+RIGHT = (
+    ("POST", "/v1/runs", b'{"agent":"echo","input":{}}'),
+    ("POST", "/v1/runs/{run}:cancel", b'{"reason":"enough"}'),
+    ("POST", "/v1/agents", DOCUMENTS[1]),
+    ("GET", "/v1/runs/{run}/events", b""),
+)
 QUERIES = ("page_size", "page_token", "after_seq", "wait", "version", "session_id", "agent", "state", "ticket", "x", "")
 TYPES = ("application/json", "application/yaml", "text/plain", "", "application/json; charset=utf-9", "\xff")
 HEADERS = (
@@ -86,12 +93,15 @@ def requests(credentials: list[str], run_ids: list[str]) -> st.SearchStrategy[by
     )
     written = words.map(lambda word: quote(word[:3_000], safe="%"))
 
+    odd = st.tuples(st.sampled_from(METHODS), st.sampled_from(PATHS), st.none())
+
     @st.composite
     def made(draw: Draw) -> bytes:
         run_id = draw(st.one_of(st.sampled_from(run_ids), written))
-        path = draw(st.sampled_from(PATHS)).replace("{run}", run_id).replace("{word}", draw(written))
+        method, path, right_body = draw(st.one_of(st.sampled_from(RIGHT), odd))
+        path = path.replace("{run}", run_id).replace("{word}", draw(written))
         query = "&".join(f"{draw(st.sampled_from(QUERIES))}={draw(written)}" for _ in range(draw(st.integers(0, 2))))
-        body = draw(st.sampled_from((*JSONS, *DOCUMENTS, b'{"agent":"echo","input":{}}', b'{"reason":"enough"}', b"")))
+        body = right_body if right_body is not None else draw(st.sampled_from((*JSONS, *DOCUMENTS, b"")))
         headers = {"Host": "here", "Connection": "close", "Authorization": draw(st.sampled_from(credentials))}
         if body:
             headers["Content-Type"] = draw(st.sampled_from(TYPES))
@@ -106,7 +116,7 @@ def requests(credentials: list[str], run_ids: list[str]) -> st.SearchStrategy[by
             body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items() if value)
         target = f"{path}?{query}" if query else path
-        head = f"{draw(st.sampled_from(METHODS))} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
+        head = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
         request: bytes = head + body + draw(st.sampled_from(ENDS))
         return request if fate != 13 else _overwritten(request, draw(st.integers(0, 400)), draw(st.binary(max_size=9)))
 
