@@ -33,9 +33,10 @@ def test_every_invariant_holds_in_10_000_histories() -> None:
     assert code == 0, output
 
 
-@pytest.mark.parametrize("seed", ["1002435"])
+@pytest.mark.parametrize("seed", ["1002435", "1003328"])
 def test_histories_that_once_found_a_fault(seed: str) -> None:
     # 1002435: a run claimed late, which had ended after a cancel meanwhile, kept its executor busy for ever.
+    # 1003328: an executor that had stood still asked a model again for a run that was another's by then.
     code, output = run_simulation(seed, timeout_seconds=60)
     assert code == 0, output
 

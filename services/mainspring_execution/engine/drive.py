@@ -253,6 +253,8 @@ class Drive:
                 if error.code is not grpc.StatusCode.UNAVAILABLE or attempt == MODEL_ATTEMPTS_MAX:
                     raise
             await self.attention.pause(MODEL_RETRY_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+            if not await self._hold_lease():
+                break
         return None
 
     def _turn(self, step: int, attempt: int) -> Turn:
