@@ -204,8 +204,8 @@ def _body_broken(fault: str) -> MainspringError:
 
 def _idempotency_key(request: web.Request) -> str:
     key = request.headers.get(_KEY_HEADER, "").strip().strip('"')
-    if len(key) > _KEY_CHARACTERS_MAX:
-        description = f"must have at most {_KEY_CHARACTERS_MAX} characters"
+    if len(key) > _KEY_CHARACTERS_MAX or not key.isprintable():
+        description = f"must be text of at most {_KEY_CHARACTERS_MAX} characters"
         raise MainspringError(
             Reason.REQUEST_INVALID,
             f"The header {_KEY_HEADER} {description}.",

@@ -169,7 +169,7 @@ class TokenVerifier:
                 issuer=issuer,
                 options={"require": ["iss", "aud", "sub", "tenant", "roles", "iat", "exp", "jti"]},
             )
-        except jwt.PyJWTError as error:
+        except (jwt.PyJWTError, UnicodeError) as error:
             raise _token_invalid(str(error)) from error
         return _principal(claims, is_service=issuer == SERVICE_ISSUER)
 

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.flow
 
 TOKEN = b"a-token-with-a-stray-byte"
 STRANGERS_MAX = 3
+USER = IDENTITIES.token("acme", "ann")
 HEAD = b"POST /v1/runs HTTP/1.1\r\nHost: here\r\n"
 
 
@@ -74,6 +75,19 @@ async def test_what_is_no_http_is_refused_and_leaves_no_trace(gateway: GatewayPr
     log = gateway.log.read_bytes()
     assert TOKEN not in log
     assert b"Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        (b"Authorization: Bearer \x80\r\n", "TOKEN_INVALID"),
+        (b"Authorization: Bearer %b\r\nIdempotency-Key: \x80\r\n" % USER.encode(), "REQUEST_INVALID"),
+    ],
+)
+async def test_a_header_that_is_no_text_is_refused(gateway: GatewayProcess, headers: bytes, reason: str) -> None:
+    sent = b'Connection: close\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n{"agent":"a"}'
+    _, _, body = (await answer_to(gateway, HEAD + headers + sent)).partition(b"\r\n\r\n")
+    assert json.loads(body)["reason"] == reason
 
 
 async def test_a_body_that_nobody_wanted_leaves_no_trace_though_it_is_broken(gateway: GatewayProcess) -> None:
