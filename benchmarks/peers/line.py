@@ -96,6 +96,7 @@ async def measure(one_run: OneRun, wanted: Wanted, *, say: Say) -> dict[str, Any
             counter.restart()
             start = time.perf_counter()
             await asyncio.sleep(wanted.seconds)
+            counter.forget_who_ended()  # the slice ends as it began, with everybody's run, not within a burst
             await counter.await_everyone(wanted.wait_seconds)
             counted, elapsed = list(counter.durations), time.perf_counter() - start
             say({"phase": "ended"})
@@ -119,10 +120,13 @@ class _Counter:
 
     def restart(self) -> None:
         self.durations = []
+        self.forget_who_ended()
+
+    def forget_who_ended(self) -> None:
         self._ended.clear()
 
     async def await_everyone(self, seconds: float) -> None:
-        """Returns when each caller has ended a run, or when that takes too long."""
+        """Returns when each caller has ended a run since the last was forgotten, or when that takes too long."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while len(self._ended) < self._callers:

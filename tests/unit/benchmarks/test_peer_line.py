@@ -48,17 +48,22 @@ async def test_a_slice_counts_the_runs_that_end_between_its_phases() -> None:
     assert ran["faults"] == []
 
 
-async def test_a_slice_lasts_until_every_caller_has_ended_a_run() -> None:
-    turn = asyncio.Semaphore(1)
+async def test_runs_that_keep_in_step_are_counted_in_whole_bursts() -> None:
+    waiting: list[asyncio.Event] = []
 
-    async def run_in_line() -> object:
-        async with turn:
-            for _ in range(100):
-                await asyncio.sleep(0)
+    async def run_in_step() -> object:
+        mine = asyncio.Event()
+        waiting.append(mine)
+        if len(waiting) == 5:
+            for event in waiting:
+                event.set()
+            waiting.clear()
+        await mine.wait()
         return QUESTION
 
-    ran = await measure(run_in_line, wanted(5, 0.0), say=lambda message: None)
+    ran = await measure(run_in_step, wanted(5, 0.01), say=lambda message: None)
     assert len(ran["durations"]) >= 5
+    assert len(ran["durations"]) % 5 == 0
 
 
 async def test_a_wrong_answer_is_a_fault_and_no_run() -> None:
