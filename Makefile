@@ -111,9 +111,10 @@ proto: $(READY) ## Generate the Python code of the contracts
 docs: $(READY) ## Write the tables of settings, errors and specifications into docs/
 	@python -m tests.tidy.tables
 
-baseline: $(READY) ## Record the contracts as released: what `buf breaking` compares with from now on
+baseline: $(READY) ## Record contracts and migrations as released: from now on they may only be added to
 	@mkdir -p $(dir $(BASELINE))
 	@buf build --path protos/mainspring --output $(BASELINE)
+	@sha256sum services/*/sql/migrations/*.sql > tests/data/migrations.sha256
 
 # Workloads one after the other, each alone on the machine; what they found is kept, and the page made from it.
 bench: $(READY) ## Measure everything and write docs/benchmarks.md, 15 to 25 minutes (ONLY="latency growth", PEERS=)

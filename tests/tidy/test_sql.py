@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Final
@@ -150,6 +151,13 @@ def test_every_key_begins_with_the_tenant() -> None:
 def test_definers_pin_their_search_path() -> None:
     for files in _migrations().values():
         assert loose_definers("\n".join(files.values())) == []
+
+
+def test_a_released_migration_is_never_changed() -> None:
+    for line in (ROOT / "tests/data/migrations.sha256").read_text().splitlines():
+        digest, name = line.split()
+        found = hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
+        assert found == digest, f"{name} has been applied to databases already: write another one"
 
 
 def test_migrations_are_in_order_and_forward_only() -> None:

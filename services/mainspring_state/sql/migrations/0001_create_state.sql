@@ -716,10 +716,9 @@ END
 $body$;
 
 -- The last seqs of runs that are followed here, to find what was missed.
-CREATE FUNCTION state.last_seqs(tenants text[], run_ids uuid[])
-RETURNS TABLE (tenant_id text, run_id uuid, last_seq bigint)
+CREATE FUNCTION state.last_seqs(tenants text[], run_ids uuid[]) RETURNS TABLE (run_id uuid, last_seq bigint)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $body$
-  SELECT r.tenant_id, r.run_id, r.last_seq FROM unnest(tenants, run_ids) AS wanted (tenant_id, run_id)
+  SELECT r.run_id, r.last_seq FROM unnest(tenants, run_ids) AS wanted (tenant_id, run_id)
   JOIN state.runs r ON r.tenant_id = wanted.tenant_id AND r.run_id = wanted.run_id
 $body$;
 
