@@ -80,9 +80,10 @@ class Guard(grpc.aio.ServerInterceptor):
                     await context.send_initial_metadata(())  # with a first write it could be cut off, and block the end
                     call_tasks.set(tasks)
                     responses = behaviour(request, context)
-                    expiry = asyncio.timeout(caller.principal.expire_time - time.time())
+                    # A service's stays: an unsafe call under way would be lost with its stream.
+                    until = None if caller.principal.is_service else caller.principal.expire_time - time.time()
                     try:
-                        async with expiry:
+                        async with asyncio.timeout(until) as expiry:
                             async for response in responses:
                                 await context.write(response)
                     except TimeoutError as error:

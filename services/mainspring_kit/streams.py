@@ -319,7 +319,7 @@ class BatchPool(Generic[Sent, Answer]):
             try:
                 await self._converse(link)
             except (grpc.RpcError, *_BROKEN_CALL) as error:
-                _log_break(self._name, link, error=error)
+                _log_break(self._name, link.address, error=error)
             raise_if_cancelled()
             delay = _RECONNECT_SECONDS_MIN if link.is_live else min(delay * 2, _RECONNECT_SECONDS_MAX)
             link.is_live = False
@@ -386,9 +386,8 @@ class BatchPool(Generic[Sent, Answer]):
                 link.add(item, future)
 
 
-def _log_break(name: str, link: _Link[Any, Any], *, error: Exception) -> None:
-    """A peer that went away, and a token that ran out, are everyday matters; all else is a fault and must be seen."""
+def _log_break(name: str, address: str, *, error: Exception) -> None:
+    """A peer that went away is an everyday matter; any other reason is somebody's fault and must be seen."""
     code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
-    is_everyday = code in ("UNAVAILABLE", "CANCELLED") or (link.is_live and code == "UNAUTHENTICATED")
-    log = telemetry.logger().debug if is_everyday else telemetry.logger().warning
-    log("stream_broken", stream=name, address=link.address, code=code, detail=str(error)[:300])
+    log = telemetry.logger().debug if code in ("UNAVAILABLE", "CANCELLED") else telemetry.logger().warning
+    log("stream_broken", stream=name, address=address, code=code, detail=str(error)[:300])

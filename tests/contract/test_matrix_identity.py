@@ -174,8 +174,8 @@ def test_a_user_speaks_for_nobody_else(world: World, rpc: Rpc) -> None:
     assert world.wire.fault(rpc, world.request(rpc), (*world.metadata(rpc), foreign)) is None
 
 
-def test_a_stream_ends_with_its_token(world: World) -> None:
-    """Whoever goes on opens another with a new token; all of them at once, for they have to be waited for."""
+def test_a_users_stream_ends_with_its_token_and_a_services_goes_on(world: World) -> None:
+    """A user who goes on opens another with a new token; all of them at once, for they have to be waited for."""
     streams = [rpc for rpc in BUILT if rpc.is_stream]
     exp = int(time.time()) + 3
     opened, over = {}, threading.Event()
@@ -187,9 +187,17 @@ def test_a_stream_ends_with_its_token(world: World) -> None:
         request = world.request(rpc)
         requests = held(request, over) if rpc.method.client_streaming else [request]
         opened[rpc] = world.wire.open(rpc, requests, bearer(token))
-    for rpc, call in opened.items():
+    of_users = {rpc: call for rpc, call in opened.items() if rpc.role != "service"}
+    for rpc, call in of_users.items():
         with pytest.raises(grpc.RpcError) as raised:
             list(call)
         error = error_of(raised.value)
         assert error == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_INVALID", {"detail": "it has expired"}), rpc
+    assert of_users
+    assert time.time() > exp
+    of_services = {rpc: call for rpc, call in opened.items() if rpc not in of_users}
+    assert {rpc.name for rpc in of_services} >= {"Append", "CallTools", "StartRuns", "Heartbeat"}
+    for rpc, call in of_services.items():
+        assert call.is_active(), rpc
+        call.cancel()
     over.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -55,15 +56,15 @@ class Fail:
 Decision = Wait | CallModel | CallTools | Finish | Fail
 
 
-def decide(plan: AgentPlan, progress: Progress, *, run_id: str) -> Decision:
-    """The next thing to do. Called only when nothing of the run is under way in this process."""
+def decide(plan: AgentPlan, progress: Progress, *, run_id: str, under_way: Container[str] = ()) -> Decision:
+    """The next thing to do. `under_way`: the calls that this process has made and that have not answered."""
     if progress.ended:
         return Wait.ENDED
     if not progress.started:
         return Wait.BEGIN
     calls = progress.open_calls()
     if calls:
-        return _decide_calls(progress, calls)
+        return _decide_calls(progress, calls, under_way=under_way)
     if progress.result:
         return Finish(progress.result)
     if progress.steps >= plan.steps_max:
@@ -110,10 +111,12 @@ def result_unchecked(plan: AgentPlan) -> MainspringError:
     )
 
 
-def _decide_calls(progress: Progress, calls: list[events_pb2.PlannedCall]) -> CallTools | Fail:
+def _decide_calls(
+    progress: Progress, calls: list[events_pb2.PlannedCall], *, under_way: Container[str]
+) -> CallTools | Fail:
     for call in calls:
         intent = progress.intents.get(call.call_id)
-        if intent is not None and not may_repeat(intent.effect):
+        if intent is not None and call.call_id not in under_way and not may_repeat(intent.effect):
             return Fail(error_value(_outcome_unknown(intent)))
     return CallTools(tuple(calls))
 

@@ -78,10 +78,10 @@ class Attention:
 
     async def wait(self, futures: Iterable[asyncio.Future[Any]] = ()) -> None:
         """Until one of the futures is done (Any: of whatever), or `wake`, or an interrupt."""
-        if self.is_interrupted:
+        awaited = list(futures)
+        if self.is_interrupted or any(future.done() for future in awaited):
             return
         waiter = self._waiter = asyncio.get_running_loop().create_future()
-        awaited = [future for future in futures if not future.done()]
         for future in awaited:
             future.add_done_callback(self.wake)
         try:

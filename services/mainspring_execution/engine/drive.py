@@ -79,6 +79,7 @@ class Drive:
         journal: Journal,
         calls: Calls,
         ending: Ending,
+        lapses: int,
     ) -> None:
         self.attention = attention
         self._around = surroundings
@@ -90,7 +91,7 @@ class Drive:
         self._ending = ending
         self._calls = calls
         self._history: Sequence[types_pb2.Run] | None = None
-        self.lapses = surroundings.lease.lapses
+        self._lapses = lapses
         self._mends = 0
 
     @property
@@ -193,7 +194,7 @@ class Drive:
         if agent is None:
             await self._refuse_to_run()
             return
-        decision = decide(agent.plan, self._journal.progress, run_id=self._run.run_id)
+        decision = decide(agent.plan, self._journal.progress, run_id=self._run.run_id, under_way=self._calls.under_way)
         if isinstance(decision, CallTools):
             await self._call_tools(agent.plan, decision.calls)
         elif isinstance(decision, CallModel):
@@ -224,16 +225,14 @@ class Drive:
             self._history = await self._reach(self._list_history)
             if self._history is None:
                 return
-        if not await self._hold_lease():
-            return
         if model.waits(step):
             self._journal.flush()
         if step % STEPS_AT_ONCE == 0:
             await asyncio.sleep(0)
         if self._journal.is_behind:
             await self._wait_durable()
-            if self.attention.is_interrupted:
-                return
+        if not await self._hold_lease() or self.attention.is_interrupted:
+            return
         self._ending.mark(CORE_EXECUTION)
         try:
             thought = await self._think(model, step)
@@ -308,14 +307,14 @@ class Drive:
     async def _hold_lease(self) -> bool:
         """Whether an effect may start now; waits for the lease where it lapsed. False: look at the interrupts."""
         lease = self._around.lease
-        while not lease.is_held or lease.lapses != self.lapses:
+        while not lease.is_held or lease.lapses != self._lapses:
             if self.attention.is_interrupted:
                 return False
             lapses = lease.lapses
             if not lease.is_held:
                 await self.attention.listen(lease.wait_held())
             elif await self._is_still_held():
-                self.lapses = lapses
+                self._lapses = lapses
             else:
                 return False
         return True

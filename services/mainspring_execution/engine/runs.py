@@ -189,18 +189,29 @@ class Runs:
         if answer.repeated_key or answer.state != types_pb2.RUN_STATE_RUNNING:
             return result, None
         run.ordinal = answer.ordinal
-        drive = make_drive(self._around, context, agent=agent, run=run, state_id=state_id, arrived=arrived)
-        # The lease may have lapsed while the create was under way: then the first effect has to ask whose the run is.
-        drive.lapses = lapses
+        drive = make_drive(
+            self._around, context, agent=agent, run=run, state_id=state_id, arrived=arrived, lapses=lapses
+        )
         drive.resume(append.events)
         return result, drive
 
     async def _post(self, append: state_pb2.Append, state_id: str) -> state_pb2.AppendResult:
-        """Appends until there is a verdict: a create without one may have made this process its holder."""
+        """Appends until there is a verdict: a create without one may have made this process its holder.
+
+        Then a full queue is no verdict either.
+        """
+        may_be_durable = False
         while True:
-            answer = await self._around.state.appends.post(append, instance_id=state_id)
-            if answer.status.code not in UNDECIDED:
-                return answer
+            try:
+                answer = await self._around.state.appends.post(append, instance_id=state_id)
+            except MainspringError:
+                if not may_be_durable:
+                    raise
+            else:
+                is_full = answer.status.code == code_pb2.RESOURCE_EXHAUSTED
+                if answer.status.code not in UNDECIDED and not (may_be_durable and is_full):
+                    return answer
+                may_be_durable = True
             await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
 
     async def _find_existing(
@@ -227,10 +238,12 @@ def make_drive(
     run: types_pb2.Run,
     state_id: str,
     arrived: float,
+    lapses: int,
 ) -> Drive:
     """A drive with its parts. `agent`: an error is what the run fails with.
 
-    `arrived`: when the start or the claim came, on the clock of perf_counter.
+    `arrived`: when the start or the claim came, on the clock of perf_counter. `lapses`: of the lease, at that time;
+    where it has lapsed since, the first effect has to ask whose the run is.
     """
     attention = Attention()
     journal = Journal(
@@ -252,6 +265,7 @@ def make_drive(
         journal=journal,
         calls=calls,
         ending=ending,
+        lapses=lapses,
     )
 
 

@@ -28,6 +28,16 @@ async def test_a_wait_ends_with_any_of_its_futures() -> None:
     first.cancel()
 
 
+async def test_a_wait_for_what_is_done_already_ends_at_once() -> None:
+    attention, loop = Attention(), asyncio.get_running_loop()
+    first, second = loop.create_future(), loop.create_future()
+    first.set_result(1)
+    async with asyncio.timeout(1):
+        await attention.wait([first])
+        await attention.wait([second, first])
+    second.cancel()
+
+
 @pytest.mark.parametrize("interrupt", ["cancel", "expire", "abandon", "alarm"])
 async def test_an_interrupt_ends_a_wait_and_a_thought(interrupt: str) -> None:
     waits: list[Callable[[Attention], Coroutine[Any, Any, Any]]] = [  # Any: each waits for something else

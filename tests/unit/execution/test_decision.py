@@ -127,6 +127,12 @@ def test_a_lost_unsafe_call_is_never_made_again() -> None:
     assert "not known" in decision.error.message
 
 
+def test_an_unsafe_call_that_is_under_way_here_is_not_lost() -> None:
+    progress = fold(Log().think(1, calls=1).intend(UNSAFE).events)
+    decision = decide(plan(), progress, run_id=RUN_ID, under_way={f"{RUN_ID}.2.0": None})
+    assert isinstance(decision, CallTools)
+
+
 def test_an_unsafe_call_without_an_intent_was_not_made_and_is() -> None:
     assert isinstance(Log().think(1, calls=1).recover().decision(), CallTools)
 
