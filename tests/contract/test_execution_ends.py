@@ -96,14 +96,14 @@ async def test_only_the_owner_can_cancel_and_only_what_goes_on(ann: Caller) -> N
 
 
 async def test_a_run_past_its_deadline_stops_its_tool(ann: Caller) -> None:
-    await ann.register(scripted_agent("hasty", SLEEP, DONE, limits={"timeout": "400ms"}))
+    await ann.register(scripted_agent("hasty", SLEEP, DONE, limits={"timeout": "2s"}))
     run = await ann.run("hasty")
     events = await ann.log(run.run_id)
     assert (run.state, run.error.reason, run.error.code) == (TIMED_OUT, "RUN_TIMED_OUT", "DEADLINE_EXCEEDED")
-    assert run.error.metadata == {"run_id": run.run_id, "timeout_seconds": "0.4"}
+    assert run.error.metadata == {"run_id": run.run_id, "timeout_seconds": "2"}
     assert names(events)[-2:] == ["tool_completed", "agent_timed_out"]
     assert events[-2].tool_completed.status == types_pb2.TOOL_STATUS_CANCELLED
-    assert 300 <= terminal(events).duration_ms < 5_000  # its time runs from the start request
+    assert 1_900 <= terminal(events).duration_ms < 10_000  # its time runs from the start request
     assert [stage.name for stage in run.stages] == [
         "initialization",
         "preprocessing",
