@@ -226,3 +226,19 @@ async def test_an_append_that_always_takes_too_long_holds_up_no_other(executor: 
             reasons = await go_on_all(executor, users, run_ids)
         assert reasons == ["PEER_UNAVAILABLE" if index == 4 else "" for index in range(9)]
     await executor.go_on(users[4], run_ids[4], thinking(), after=1)
+
+
+async def test_a_row_that_somebody_keeps_locked_holds_up_its_own_run_only(executor: Executor, owner: Any) -> None:
+    users = [person() for _ in range(9)]
+    run_ids = [await executor.start(user) for user in users]
+    async with owner.transaction():
+        await owner.execute("SELECT FROM state.runs WHERE run_id = $1 FOR UPDATE", run_ids[4])
+        async with asyncio.timeout(5):
+            reasons = await go_on_all(executor, users, run_ids)
+            assert reasons == ["PEER_UNAVAILABLE" if index == 4 else "" for index in range(9)]
+        async with asyncio.TaskGroup() as tasks:
+            locked = tasks.create_task(executor.send_one(executor.append(users[4], run_ids[4], thinking(), after=1)))
+            async with asyncio.timeout(3):
+                await executor.go_on(users[0], run_ids[0], thinking(), after=2)
+        assert reason_of(locked.result().status) == "PEER_UNAVAILABLE"
+    await executor.go_on(users[4], run_ids[4], thinking(), after=1)

@@ -19,7 +19,15 @@ from prometheus_client import Counter, Histogram
 from mainspring_state.core.append import Entry, check, refusal, refused_value, stale, stamp, unsettled
 from mainspring_state.core.backlog import Backlog, halves
 from mainspring_state.engine.hub import Creator, Hub
-from mainspring_state.store.log import Batch, LogWriter, Outcome, is_conflict, is_shortage
+from mainspring_state.store.log import (
+    LOCK_SECONDS_MAX,
+    SEARCH_LOCK_SECONDS_MAX,
+    Batch,
+    LogWriter,
+    Outcome,
+    is_conflict,
+    is_shortage,
+)
 
 RECONNECT_SECONDS_MAX: Final = 1.0
 CONFLICT_SECONDS_MAX: Final = 0.5
@@ -106,8 +114,12 @@ class Committer:
 
     async def _commit_all(self, writer: LogWriter) -> None:
         conflicts = 0
+        is_searching = False
         while True:
             if not self._under_way:
+                if is_searching:
+                    await writer.wait_for_locks(LOCK_SECONDS_MAX)
+                    is_searching = False
                 self._under_way.append(await self._take())
             waitings = self._under_way[-1]
             batch = Batch([waiting.entry for waiting in waitings])
@@ -117,6 +129,14 @@ class Committer:
                 # One of them may take as long whenever it comes: the halves go on alone, over a new connection.
                 self._divide(unsettled)
                 raise
+            except asyncpg.LockNotAvailableError:
+                # Somebody keeps a row of one of them: it is looked for at once, as all others wait for it.
+                conflicts = 0
+                self._divide(unsettled)
+                if not is_searching:
+                    await writer.wait_for_locks(SEARCH_LOCK_SECONDS_MAX)
+                    is_searching = True
+                continue
             except asyncpg.PostgresError as error:
                 if isinstance(error, _LOST):
                     raise

@@ -17,6 +17,11 @@ from mainspring_state.core.append import QUEUED, RUNNING, Entry
 if TYPE_CHECKING:
     from asyncpg.prepared_stmt import PreparedStatement
 
+# How long a commit, and all others behind it, waits for a row that somebody else has locked; and each part of the
+# commit, once it is looked for which run's row that is.
+LOCK_SECONDS_MAX: Final = 1.0
+SEARCH_LOCK_SECONDS_MAX: Final = 0.2
+
 _SQL: Final = postgres.load_queries("mainspring_state")
 _INTERRUPTION: Final = state_pb2.RunInput(
     cancel=state_pb2.CancelInput(reason="A newer run of the session took its place.")
@@ -150,10 +155,16 @@ class LogWriter:
         """Connects and prepares the statement."""
         connection = await postgres.connect_one(url)
         try:
-            return cls(connection, await connection.prepare(_SQL["append"]))
+            writer = cls(connection, await connection.prepare(_SQL["append"]))
+            await writer.wait_for_locks(LOCK_SECONDS_MAX)
         except BaseException:
             connection.terminate()
             raise
+        return writer
+
+    async def wait_for_locks(self, seconds: float) -> None:
+        """How long a commit waits for a locked row from now on."""
+        await self._connection.execute(f"SET lock_timeout = {int(seconds * 1_000)}")
 
     async def commit(self, batch: Batch) -> tuple[list[Outcome], bool]:
         """Commits a batch durably; also says whether a run became claimable by it."""
