@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 import grpc
 import pytest
-from mainspring.v1 import state_pb2, types_pb2
+from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit.identity import UserExecutionContext
 from mainspring_kit.tasks import background
 
@@ -242,3 +242,29 @@ async def test_a_row_that_somebody_keeps_locked_holds_up_its_own_run_only(execut
                 await executor.go_on(users[0], run_ids[0], thinking(), after=2)
         assert reason_of(locked.result().status) == "PEER_UNAVAILABLE"
     await executor.go_on(users[4], run_ids[4], thinking(), after=1)
+
+
+async def test_runs_are_handed_out_while_a_poisoned_ones_log_is_read(
+    aio_stub: Any, identities: Identities, executor: Executor, owner: Any
+) -> None:
+    user, other = person(), person()
+    recovered = events_pb2.RunEvent(run_recovered=events_pb2.RunRecovered(attempt=1))
+    await owner.execute("TRUNCATE state.leases, state.ready")  # what other tests left undriven
+    run_id = await executor.start(user)
+    for last_seq in (1, 2, 3):
+        async with claiming(aio_stub, identities) as victim:
+            claimed = await victim.next_claim()
+            await executor.go_on(user, run_id, recovered, after=last_seq, epoch=claimed.run.epoch)
+    abandoned = await executor.start(other)
+    async with claiming(aio_stub, identities) as survivor:
+        async with owner.transaction():
+            await owner.execute("LOCK TABLE state.events IN ACCESS EXCLUSIVE MODE")
+            poisoned = "SELECT count(*) FROM state.leases WHERE run_id = $1 AND executor_id = claim_state_id"
+            async with asyncio.timeout(TIMEOUT):
+                while not await owner.fetchval(poisoned, run_id):
+                    await owner.execute("SELECT pg_sleep(0.05)")
+                assert (await survivor.next_claim()).run.run_id == abandoned
+            # The read fails: the run is claimed to be ended again.
+            await break_connections(owner)
+        ended = "SELECT coalesce(error ->> 'reason' = 'RUN_POISONED', false) FROM state.runs WHERE run_id = $1"
+        await wait_until(lambda: owner.fetchval(ended, run_id), what="the end of the poisoned run")

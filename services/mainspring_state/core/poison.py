@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import islice
 
 from mainspring.v1 import events_pb2, types_pb2
 
 from mainspring_state.core.append import EVENTS_MAX
 
 
-def poisoned(
-    run: types_pb2.Run, log: Iterable[events_pb2.RunEvent], *, attempts: int, now: float
-) -> list[events_pb2.RunEvent]:
-    """The last events of a run. `log`: what it has so far; `now`: in seconds since 1970."""
+def poisoned(run: types_pb2.Run, calls: Mapping[str, str], *, attempts: int, now: float) -> list[events_pb2.RunEvent]:
+    """The last events of a run. `calls`: its open ones; `now`: in seconds since 1970."""
     error = types_pb2.RunError(
         code="ABORTED",
         reason="RUN_POISONED",
@@ -25,10 +24,10 @@ def poisoned(
     payloads: list[dict[str, object]] = [
         {
             "tool_completed": events_pb2.ToolCompleted(
-                call_id=call.call_id, tool=call.tool, status=types_pb2.TOOL_STATUS_ERROR, error=error
+                call_id=call_id, tool=tool, status=types_pb2.TOOL_STATUS_ERROR, error=error
             )
         }
-        for call in _open_calls(log)[: EVENTS_MAX - 1]
+        for call_id, tool in islice(calls.items(), EVENTS_MAX - 1)
     ]
     payloads.append({"agent_failed": events_pb2.AgentFailed(error=error, duration_ms=duration_ms)})
     return [
@@ -44,12 +43,13 @@ def poisoned(
     ]
 
 
-def _open_calls(log: Iterable[events_pb2.RunEvent]) -> list[events_pb2.ToolExecuting]:
-    calls: dict[str, events_pb2.ToolExecuting] = {}
-    for event in log:
+def open_calls(before: Mapping[str, str], page: Iterable[events_pb2.RunEvent]) -> dict[str, str]:
+    """The calls, each with its tool, that are open after a page of the log, given those that were open before it."""
+    calls = dict(before)
+    for event in page:
         kind = event.WhichOneof("payload")
         if kind == "tool_executing":
-            calls[event.tool_executing.call_id] = event.tool_executing
+            calls[event.tool_executing.call_id] = event.tool_executing.tool
         elif kind == "tool_completed":
             calls.pop(event.tool_completed.call_id, None)
-    return list(calls.values())
+    return calls

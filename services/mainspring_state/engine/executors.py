@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
-from mainspring.v1 import events_pb2, state_pb2, types_pb2
+from google.protobuf.message import DecodeError
+from mainspring.v1 import events_pb2, state_pb2
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import UserExecutionContext, new_id
 from mainspring_kit.streams import Outbox, call_tasks
 
 from mainspring_state.core.append import ENDED_STATES, state_name
-from mainspring_state.core.poison import poisoned
+from mainspring_state.core.poison import open_calls, poisoned
 from mainspring_state.engine.committer import Answer
 from mainspring_state.engine.presence import Presence
 from mainspring_state.engine.talk import Talk
@@ -82,6 +83,9 @@ class Executors:
         # Executors whose last claims may not have reached them.
         self._doubtful: set[str] = set()
         self._farewells: asyncio.Queue[_Heartbeat] = asyncio.Queue()
+        # Runs to be ended, by tenant and run, each with its latest claim: only that one's epoch is in force.
+        self._poisoned: dict[tuple[str, str], Claim] = {}
+        self._has_poisoned = asyncio.Event()
         self._is_draining = False
 
     async def run(self) -> None:
@@ -90,6 +94,7 @@ class Executors:
             tasks.create_task(self._claim_for_all())
             tasks.create_task(self._repeat_inputs())
             tasks.create_task(self._bid_farewell())
+            tasks.create_task(self._end_poisoned())
 
     def kick(self) -> None:
         """Some run became claimable: look at once."""
@@ -250,7 +255,8 @@ class Executors:
                 claims = await self._leases.claim(claimer.executor_id, credit=claimer.credit, connected=connected)
                 for claim in claims:
                     if claim.is_poisoned:
-                        await self._poison(claim)
+                        self._poisoned[claim.run.tenant_id, claim.run.run_id] = claim
+                        self._has_poisoned.set()
                 await self._hand_over(claimer, [claim for claim in claims if not claim.is_poisoned])
             except MainspringError:
                 # Made or not, nobody knows.
@@ -278,31 +284,45 @@ class Executors:
                 state_pb2.ClaimedRun(run=claim.run, takeovers=claim.takeovers, inputs=inputs.get(claim.run.run_id, []))
             )
 
-    async def _poison(self, claim: Claim) -> None:
-        """Executors died on the run, one after the other: it is ended instead of handed out again."""
+    async def _end_poisoned(self) -> None:
+        """Executors died on these runs, one after the other: one by one they are ended instead of handed out again."""
+        while True:
+            self._has_poisoned.clear()
+            for key in list(self._poisoned):
+                try:
+                    calls = await self._read_open_calls(key)
+                except (MainspringError, DecodeError) as error:
+                    telemetry.logger().warning("poisoned_unread", run_id=key[1], detail=str(error)[:200])
+                    # Leased to nobody who beats: when the lease is over, it is claimed to be ended again.
+                    del self._poisoned[key]
+                else:
+                    self._poison(self._poisoned.pop(key), calls)
+            await self._has_poisoned.wait()
+
+    async def _read_open_calls(self, key: tuple[str, str]) -> dict[str, str]:
+        """Reads a poisoned run's log, however long: a page at a time is held."""
+        calls: dict[str, str] = {}
+        seq = 0
+        while seq < self._poisoned[key].run.last_seq:
+            page = await self._leases.read_log(key, after_seq=seq, item_max=LOG_PAGE_MAX, byte_max=LOG_PAGE_BYTES_MAX)
+            if not page:
+                break
+            calls = open_calls(calls, map(events_pb2.RunEvent.FromString, page))
+            seq += len(page)
+        return calls
+
+    def _poison(self, claim: Claim, calls: dict[str, str]) -> None:
         run = claim.run
-        log = await self._read_log(run)
         append = state_pb2.Append(
             append_id=new_id(),
             tenant_id=run.tenant_id,
             run_id=run.run_id,
             expected_seq=run.last_seq,
             epoch=run.epoch,
-            events=poisoned(run, log, attempts=claim.takeovers - 1, now=self._presence.now()),
+            events=poisoned(run, calls, attempts=claim.takeovers - 1, now=self._presence.now()),
         )
         telemetry.logger().warning("run_poisoned", run_id=run.run_id, takeovers=claim.takeovers)
         self._submit(append, _ignore)
-
-    async def _read_log(self, run: types_pb2.Run) -> list[events_pb2.RunEvent]:
-        log: list[events_pb2.RunEvent] = []
-        while len(log) < run.last_seq:
-            page = await self._leases.read_log(
-                (run.tenant_id, run.run_id), after_seq=len(log), item_max=LOG_PAGE_MAX, byte_max=LOG_PAGE_BYTES_MAX
-            )
-            if not page:
-                break
-            log += map(events_pb2.RunEvent.FromString, page)
-        return log
 
 
 def run_not_found(run_id: str) -> MainspringError:
@@ -328,4 +348,4 @@ def _tell(heartbeat: _Heartbeat, response: state_pb2.HeartbeatResponse) -> None:
 
 
 def _ignore(result: state_pb2.AppendResult) -> None:
-    """Nobody waits: if the append failed, somebody else moved the run on."""
+    """Nobody waits: if the append failed, the run has moved on, or is claimed to be ended again after its lease."""
