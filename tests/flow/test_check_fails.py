@@ -93,7 +93,7 @@ def make(folder: Path, *arguments: str) -> tuple[int, str]:
 def test_the_check_passes_as_it_is(copied: Path) -> None:
     code, told = make(copied, "check")
     assert code == 0, told
-    assert told.endswith("check: all good\n")
+    assert "check: all good\n" in told
 
 
 @pytest.mark.parametrize("name", CHANGES)
