@@ -18,7 +18,9 @@ TOKEN_CHARACTERS_MAX: Final = 8_192
 _FRAME_ID_CHARACTERS_MAX: Final = 128
 _RUN_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Texts and other numbers are skipped; what is left in the group is an integer.
-_INTEGERS: Final = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+|[eE])[-+\deE]*|(-?\d{19,})')
+_INTEGERS: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"|-?\d+(?:\.\d+|[eE])[-+\deE]*|(-?\d{19,})')
+# A tenth of a second for a MiB of short texts: only where it may find something.
+_MANY_DIGITS: Final = re.compile(r"\d{19}")
 # Part of the protocol, but not of this release.
 _LATER_OPS: Final = frozenset({"pause", "resume", "retry", "signal", "approve"})
 _LATER_FOLLOW_FIELDS: Final = ("scope", "after", "since")
@@ -100,7 +102,8 @@ def decode_object(data: bytes | str) -> Fields:
         raise _invalid("", f"it is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise _invalid("", "it is JSON, but not an object")
-    for found in _INTEGERS.finditer(data if isinstance(data, str) else data.decode()):
+    text = data if isinstance(data, str) else data.decode()
+    for found in _INTEGERS.finditer(text) if _MANY_DIGITS.search(text) else ():
         if found[1] and (len(found[1]) > 20 or not -(1 << 63) <= int(found[1]) < 1 << 64):
             raise _invalid("", "an integer has more than 64 bits: send it as text")
     return parsed

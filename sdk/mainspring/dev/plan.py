@@ -32,9 +32,9 @@ REPLICAS_MAX: Final = 16
 # Within the 5 s that a stack may outlive its supervisor.
 _DRAIN_SECONDS: Final = 2
 _SERVICE_TOKEN_SECONDS: Final = 365 * 24 * 3600
-# Of one process each: inherited, they would be all processes'.
 # gRPC's former I/O loop costs a fifth less CPU per frame than its event engine (docs/decisions/0009).
 GRPC_EXPERIMENTS: Final = "-event_engine_client,-event_engine_listener"
+# Of one process each: inherited, they would be all processes'.
 _NOT_INHERITED: Final = ("MAINSPRING_METRICS_LISTEN", "MAINSPRING_INSTANCE_ID", "MAINSPRING_TOKEN", "MAINSPRING_URL")
 
 

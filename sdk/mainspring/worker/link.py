@@ -32,8 +32,10 @@ KEPT_BYTES_MAX: Final = 32 << 20
 _MESSAGE_BYTES_MAX: Final = 20 << 20
 _CHANNEL_OPTIONS: Final = [
     ("grpc.keepalive_time_ms", 1_000),
-    ("grpc.keepalive_timeout_ms", 2_000),
-    ("grpc.http2.ping_timeout_ms", 2_000),
+    # On a slow line a ping's answer waits behind megabytes of results. Runs do not wait for this: who calls a
+    # dispatcher that stands still notices in 3 s and goes to another one.
+    ("grpc.keepalive_timeout_ms", 15_000),
+    ("grpc.http2.ping_timeout_ms", 15_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
