@@ -81,7 +81,7 @@ def make(folder: Path, *arguments: str) -> tuple[int, str]:
     done = subprocess.run(
         ["make", "--old-file=.venv/.ready", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "MAKEFLAGS": "", "COLUMNS": "400"},
+        env={**os.environ, "PYTHONPATH": path, "MAKEFLAGS": "", "PYTEST_ADDOPTS": "", "COLUMNS": "400"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
