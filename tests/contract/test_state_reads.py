@@ -125,8 +125,9 @@ async def test_a_log_is_read_in_pages(executor: Executor, reader: Reader) -> Non
     assert ([event.seq for event in page.events], page.last_seq) == ([3, 4, 5], 7)
     rest = await reader.call("ReadEvents", state_pb2.ReadEventsRequest(run_id=run_id, after_seq=5))
     assert [event.seq for event in rest.events] == [6, 7]
-    none = await reader.call("ReadEvents", state_pb2.ReadEventsRequest(run_id=run_id, after_seq=99))
-    assert (list(none.events), none.last_seq) == ([], 7)
+    for beyond in (99, (1 << 63) - 1):
+        none = await reader.call("ReadEvents", state_pb2.ReadEventsRequest(run_id=run_id, after_seq=beyond))
+        assert (list(none.events), none.last_seq) == ([], 7)
 
 
 async def test_a_page_of_a_log_ends_at_two_mebibytes(executor: Executor, reader: Reader) -> None:
