@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
-from benchmarks.sockets import TERMINAL
+from benchmarks.sockets import TERMINAL, read_message
 
 # Any in this module: frames are JSON.
 
@@ -87,12 +87,8 @@ class PacedSocket(WSListener):
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
         now = time.time()
-        if frame.msg_type is not WSMsgType.TEXT:
-            if frame.msg_type is WSMsgType.PING:
-                transport.send_pong(frame.get_payload_as_bytes())
-            return
-        message = orjson.loads(frame.get_payload_as_memoryview())
-        operation = message["op"]
+        message = read_message(transport, frame)
+        operation = message.get("op")
         if operation == "event":
             self._record.take_event(message, now)
         elif operation == "started":

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import orjson
 from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
@@ -21,6 +21,16 @@ class Tally:
     durations: list[float] = field(default_factory=list)
     first_events: list[float] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+
+
+def read_message(transport: WSTransport, frame: WSFrame) -> dict[str, Any]:
+    """What a text frame says (Any: JSON); of any other frame nothing. A ping is answered."""
+    if frame.msg_type is WSMsgType.TEXT:
+        message: dict[str, Any] = orjson.loads(frame.get_payload_as_memoryview())
+        return message
+    if frame.msg_type is WSMsgType.PING:
+        transport.send_pong(frame.get_payload_as_bytes())
+    return {}
 
 
 class RunLoop(WSListener):
@@ -46,12 +56,8 @@ class RunLoop(WSListener):
         self.idle.set()
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
-        if frame.msg_type is not WSMsgType.TEXT:
-            if frame.msg_type is WSMsgType.PING:
-                transport.send_pong(frame.get_payload_as_bytes())
-            return
-        message = orjson.loads(frame.get_payload_as_memoryview())
-        operation = message["op"]
+        message = read_message(transport, frame)
+        operation = message.get("op")
         if operation == "event":
             self._on_event(message)
         elif operation == "error":
