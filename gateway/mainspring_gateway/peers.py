@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Final, TypeVar, cast
@@ -21,13 +20,11 @@ from mainspring.v1 import (
 from mainspring_kit.channel import Peer
 from mainspring_kit.errors import MainspringError, Reason, from_rpc_error
 from mainspring_kit.identity import ServiceTokens, UserExecutionContext
-from mainspring_kit.streams import BatchPool, BidiCall, Outbox
+from mainspring_kit.streams import BROKEN_CALL, BatchPool, BidiCall, Outbox
 from mainspring_kit.tasks import background
 
 from mainspring_gateway.core.feeds import Order, combine
 
-# What grpc.aio raises besides RpcError when a call broke under a reader or writer.
-_BROKEN_CALL: Final = (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError)
 _WAIT_MARGIN_SECONDS: Final = 5
 
 Starts = BatchPool[execution_pb2.StartItem, execution_pb2.StartResult]
@@ -146,7 +143,7 @@ class Peers:
                     receive(cast(state_pb2.FollowResponse, response))
         except* grpc.RpcError as group:
             raise _first(group) from group
-        except* _BROKEN_CALL as group:
+        except* BROKEN_CALL as group:
             raise MainspringError(
                 Reason.PEER_UNAVAILABLE, f"The stream to state at {address} broke: it is opened again.", peer="state"
             ) from group

@@ -26,7 +26,7 @@ _ADDRESS_REFRESH_SECONDS: Final = 1.0
 _RECONNECT_SECONDS_MIN: Final = 0.05
 _RECONNECT_SECONDS_MAX: Final = 1.0
 # What grpc.aio raises besides RpcError when a call broke under a reader or writer.
-_BROKEN_CALL: Final = (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError)
+BROKEN_CALL: Final = (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError)
 
 # The task group of the streaming call under way; it ends with the call.
 call_tasks: Final[ContextVar[asyncio.TaskGroup]] = ContextVar("mainspring_call_tasks")
@@ -318,7 +318,7 @@ class BatchPool(Generic[Sent, Answer]):
         while True:
             try:
                 await self._converse(link)
-            except (grpc.RpcError, *_BROKEN_CALL) as error:
+            except (grpc.RpcError, *BROKEN_CALL) as error:
                 _log_break(self._name, link.address, error=error)
             raise_if_cancelled()
             delay = _RECONNECT_SECONDS_MIN if link.is_live else min(delay * 2, _RECONNECT_SECONDS_MAX)
