@@ -135,7 +135,7 @@ lock: ## Bring the lock files in step with pyproject.toml (asks the package inde
 	@rm -rf build/lock && python3 -m venv build/lock
 	@build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) --all-extras --output-file requirements.lock pyproject.toml
-	@echo hatchling | $(COMPILE) --extra platform --constraint requirements.lock \
+	@echo hatchling | $(COMPILE) --extra platform --extra models --constraint requirements.lock \
 	  --output-file requirements.platform.lock pyproject.toml -
 
 clean: ## Remove what can be made again; keeps .mainspring/, the data of `make dev`
