@@ -110,6 +110,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: a template of the script names a value that is not there. Metadata: expression."""
     ERROR_REASON_RESULT_INVALID: _ErrorReason.ValueType  # 45
     """INVALID_ARGUMENT: the agent's result does not match its output_schema. Metadata: path."""
+    ERROR_REASON_STEP_TIMED_OUT: _ErrorReason.ValueType  # 46
+    """DEADLINE_EXCEEDED: a model step, or the model itself, passed its time. Metadata: step, timeout_seconds."""
+    ERROR_REASON_DEPTH_EXCEEDED: _ErrorReason.ValueType  # 47
+    """FAILED_PRECONDITION: a sub-run would be more than ten deep. Metadata: agent, depth."""
+    ERROR_REASON_SUB_RUN_FAILED: _ErrorReason.ValueType  # 48
+    """Any code: a sub-run did not complete. Metadata: agent, sub_run_id, sub_reason."""
+    ERROR_REASON_CREDENTIAL_MISSING: _ErrorReason.ValueType  # 49
+    """FAILED_PRECONDITION: a credential that a specification refers to is not there. Metadata: credential. Mount it,
+    or set its environment variable.
+    """
     ERROR_REASON_TOOL_NOT_FOUND: _ErrorReason.ValueType  # 50
     """NOT_FOUND: no such tool in the tenant. Metadata: tool."""
     ERROR_REASON_TOOL_ARGUMENTS_INVALID: _ErrorReason.ValueType  # 51
@@ -128,6 +138,20 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNIMPLEMENTED: the path exists, but not with this HTTP method. Metadata: method, allowed. Use an allowed one."""
     ERROR_REASON_MEDIA_TYPE_REFUSED: _ErrorReason.ValueType  # 61
     """INVALID_ARGUMENT: the body is of a media type that is not read here. Metadata: content_type, accepted."""
+    ERROR_REASON_APPROVAL_NOT_FOUND: _ErrorReason.ValueType  # 70
+    """NOT_FOUND: no approval with this id is visible to the caller. Metadata: approval_id."""
+    ERROR_REASON_APPROVAL_RESOLVED: _ErrorReason.ValueType  # 71
+    """FAILED_PRECONDITION: the approval is decided already. Metadata: approval_id, decision, by."""
+    ERROR_REASON_APPROVAL_EXPIRED: _ErrorReason.ValueType  # 72
+    """FAILED_PRECONDITION: the time for an answer is over. Metadata: approval_id, expires_time."""
+    ERROR_REASON_ANSWER_INVALID: _ErrorReason.ValueType  # 73
+    """INVALID_ARGUMENT: the answer does not match the approval's schema. Metadata: approval_id, path."""
+    ERROR_REASON_BACKLOG_FULL: _ErrorReason.ValueType  # 74
+    """RESOURCE_EXHAUSTED: the tenant has as many runs in line as it may. Metadata: limit. Wait, see RetryInfo."""
+    ERROR_REASON_SCHEDULE_NOT_FOUND: _ErrorReason.ValueType  # 75
+    """NOT_FOUND: no such schedule in the tenant. Metadata: schedule."""
+    ERROR_REASON_TENANT_NOT_FOUND: _ErrorReason.ValueType  # 76
+    """NOT_FOUND: no such tenant. Metadata: tenant_id."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The machine reason of an error: google.rpc.ErrorInfo.reason is the name of one of
@@ -219,6 +243,16 @@ ERROR_REASON_TEMPLATE_INVALID: ErrorReason.ValueType  # 44
 """INVALID_ARGUMENT: a template of the script names a value that is not there. Metadata: expression."""
 ERROR_REASON_RESULT_INVALID: ErrorReason.ValueType  # 45
 """INVALID_ARGUMENT: the agent's result does not match its output_schema. Metadata: path."""
+ERROR_REASON_STEP_TIMED_OUT: ErrorReason.ValueType  # 46
+"""DEADLINE_EXCEEDED: a model step, or the model itself, passed its time. Metadata: step, timeout_seconds."""
+ERROR_REASON_DEPTH_EXCEEDED: ErrorReason.ValueType  # 47
+"""FAILED_PRECONDITION: a sub-run would be more than ten deep. Metadata: agent, depth."""
+ERROR_REASON_SUB_RUN_FAILED: ErrorReason.ValueType  # 48
+"""Any code: a sub-run did not complete. Metadata: agent, sub_run_id, sub_reason."""
+ERROR_REASON_CREDENTIAL_MISSING: ErrorReason.ValueType  # 49
+"""FAILED_PRECONDITION: a credential that a specification refers to is not there. Metadata: credential. Mount it,
+or set its environment variable.
+"""
 ERROR_REASON_TOOL_NOT_FOUND: ErrorReason.ValueType  # 50
 """NOT_FOUND: no such tool in the tenant. Metadata: tool."""
 ERROR_REASON_TOOL_ARGUMENTS_INVALID: ErrorReason.ValueType  # 51
@@ -237,6 +271,20 @@ ERROR_REASON_METHOD_NOT_ALLOWED: ErrorReason.ValueType  # 60
 """UNIMPLEMENTED: the path exists, but not with this HTTP method. Metadata: method, allowed. Use an allowed one."""
 ERROR_REASON_MEDIA_TYPE_REFUSED: ErrorReason.ValueType  # 61
 """INVALID_ARGUMENT: the body is of a media type that is not read here. Metadata: content_type, accepted."""
+ERROR_REASON_APPROVAL_NOT_FOUND: ErrorReason.ValueType  # 70
+"""NOT_FOUND: no approval with this id is visible to the caller. Metadata: approval_id."""
+ERROR_REASON_APPROVAL_RESOLVED: ErrorReason.ValueType  # 71
+"""FAILED_PRECONDITION: the approval is decided already. Metadata: approval_id, decision, by."""
+ERROR_REASON_APPROVAL_EXPIRED: ErrorReason.ValueType  # 72
+"""FAILED_PRECONDITION: the time for an answer is over. Metadata: approval_id, expires_time."""
+ERROR_REASON_ANSWER_INVALID: ErrorReason.ValueType  # 73
+"""INVALID_ARGUMENT: the answer does not match the approval's schema. Metadata: approval_id, path."""
+ERROR_REASON_BACKLOG_FULL: ErrorReason.ValueType  # 74
+"""RESOURCE_EXHAUSTED: the tenant has as many runs in line as it may. Metadata: limit. Wait, see RetryInfo."""
+ERROR_REASON_SCHEDULE_NOT_FOUND: ErrorReason.ValueType  # 75
+"""NOT_FOUND: no such schedule in the tenant. Metadata: schedule."""
+ERROR_REASON_TENANT_NOT_FOUND: ErrorReason.ValueType  # 76
+"""NOT_FOUND: no such tenant. Metadata: tenant_id."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

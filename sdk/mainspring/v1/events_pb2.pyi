@@ -39,6 +39,7 @@ class RunEvent(_message.Message):
     ROOT_RUN_ID_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     SAFE_TO_SKIP_FIELD_NUMBER: _builtins.int
+    SOURCE_SEQ_FIELD_NUMBER: _builtins.int
     AGENT_STARTED_FIELD_NUMBER: _builtins.int
     AGENT_THINKING_FIELD_NUMBER: _builtins.int
     TOOL_EXECUTING_FIELD_NUMBER: _builtins.int
@@ -48,6 +49,14 @@ class RunEvent(_message.Message):
     AGENT_CANCELLED_FIELD_NUMBER: _builtins.int
     AGENT_TIMED_OUT_FIELD_NUMBER: _builtins.int
     RUN_RECOVERED_FIELD_NUMBER: _builtins.int
+    AGENT_PAUSED_FIELD_NUMBER: _builtins.int
+    AGENT_RESUMED_FIELD_NUMBER: _builtins.int
+    AGENT_WAITING_FIELD_NUMBER: _builtins.int
+    APPROVAL_REQUESTED_FIELD_NUMBER: _builtins.int
+    APPROVAL_RESOLVED_FIELD_NUMBER: _builtins.int
+    SIGNAL_RECEIVED_FIELD_NUMBER: _builtins.int
+    AGENT_HANDED_OFF_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FAILED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run (a UUIDv7)."""
     seq: _builtins.int
@@ -66,6 +75,8 @@ class RunEvent(_message.Message):
     """W3C trace id of the start, 32 hexadecimal digits."""
     safe_to_skip: _builtins.bool
     """A reader that does not know the payload may go on without it."""
+    source_seq: _builtins.int
+    """In a run that was forked: the seq of the source run's event that this one repeats; 0: its own."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made durable; set by state just before the commit."""
@@ -106,6 +117,38 @@ class RunEvent(_message.Message):
     def run_recovered(self) -> Global___RunRecovered:
         """Another executor took the run over."""
 
+    @_builtins.property
+    def agent_paused(self) -> Global___AgentPaused:
+        """The run stands still until somebody resumes it."""
+
+    @_builtins.property
+    def agent_resumed(self) -> Global___AgentResumed:
+        """The run goes on."""
+
+    @_builtins.property
+    def agent_waiting(self) -> Global___AgentWaiting:
+        """The run can do nothing now: it holds no executor until what it waits for has come."""
+
+    @_builtins.property
+    def approval_requested(self) -> Global___ApprovalRequested:
+        """A person is asked."""
+
+    @_builtins.property
+    def approval_resolved(self) -> Global___ApprovalResolved:
+        """An approval is over: answered, expired or withdrawn."""
+
+    @_builtins.property
+    def signal_received(self) -> Global___SignalReceived:
+        """A signal came; it is kept until the run takes it."""
+
+    @_builtins.property
+    def agent_handed_off(self) -> Global___AgentHandedOff:
+        """Another agent drives the run from now on."""
+
+    @_builtins.property
+    def attempt_failed(self) -> Global___AttemptFailed:
+        """A model step or a tool call failed and is tried again."""
+
     def __init__(
         self,
         *,
@@ -119,6 +162,7 @@ class RunEvent(_message.Message):
         root_run_id: _builtins.str = ...,
         trace_id: _builtins.str = ...,
         safe_to_skip: _builtins.bool = ...,
+        source_seq: _builtins.int = ...,
         agent_started: Global___AgentStarted | None = ...,
         agent_thinking: Global___AgentThinking | None = ...,
         tool_executing: Global___ToolExecuting | None = ...,
@@ -128,12 +172,20 @@ class RunEvent(_message.Message):
         agent_cancelled: Global___AgentCancelled | None = ...,
         agent_timed_out: Global___AgentTimedOut | None = ...,
         run_recovered: Global___RunRecovered | None = ...,
+        agent_paused: Global___AgentPaused | None = ...,
+        agent_resumed: Global___AgentResumed | None = ...,
+        agent_waiting: Global___AgentWaiting | None = ...,
+        approval_requested: Global___ApprovalRequested | None = ...,
+        approval_resolved: Global___ApprovalResolved | None = ...,
+        signal_received: Global___SignalReceived | None = ...,
+        agent_handed_off: Global___AgentHandedOff | None = ...,
+        attempt_failed: Global___AttemptFailed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["agent_cancelled", b"agent_cancelled", "agent_completed", b"agent_completed", "agent_failed", b"agent_failed", "agent_started", b"agent_started", "agent_thinking", b"agent_thinking", "agent_timed_out", b"agent_timed_out", "event_time", b"event_time", "payload", b"payload", "run_recovered", b"run_recovered", "tool_completed", b"tool_completed", "tool_executing", b"tool_executing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent_cancelled", b"agent_cancelled", "agent_completed", b"agent_completed", "agent_failed", b"agent_failed", "agent_handed_off", b"agent_handed_off", "agent_paused", b"agent_paused", "agent_resumed", b"agent_resumed", "agent_started", b"agent_started", "agent_thinking", b"agent_thinking", "agent_timed_out", b"agent_timed_out", "agent_waiting", b"agent_waiting", "approval_requested", b"approval_requested", "approval_resolved", b"approval_resolved", "attempt_failed", b"attempt_failed", "event_time", b"event_time", "payload", b"payload", "run_recovered", b"run_recovered", "signal_received", b"signal_received", "tool_completed", b"tool_completed", "tool_executing", b"tool_executing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_cancelled", b"agent_cancelled", "agent_completed", b"agent_completed", "agent_failed", b"agent_failed", "agent_started", b"agent_started", "agent_thinking", b"agent_thinking", "agent_timed_out", b"agent_timed_out", "append_id", b"append_id", "event_time", b"event_time", "parent_run_id", b"parent_run_id", "payload", b"payload", "root_run_id", b"root_run_id", "run_id", b"run_id", "run_recovered", b"run_recovered", "safe_to_skip", b"safe_to_skip", "seq", b"seq", "session_id", b"session_id", "tool_completed", b"tool_completed", "tool_executing", b"tool_executing", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_cancelled", b"agent_cancelled", "agent_completed", b"agent_completed", "agent_failed", b"agent_failed", "agent_handed_off", b"agent_handed_off", "agent_paused", b"agent_paused", "agent_resumed", b"agent_resumed", "agent_started", b"agent_started", "agent_thinking", b"agent_thinking", "agent_timed_out", b"agent_timed_out", "agent_waiting", b"agent_waiting", "append_id", b"append_id", "approval_requested", b"approval_requested", "approval_resolved", b"approval_resolved", "attempt_failed", b"attempt_failed", "event_time", b"event_time", "parent_run_id", b"parent_run_id", "payload", b"payload", "root_run_id", b"root_run_id", "run_id", b"run_id", "run_recovered", b"run_recovered", "safe_to_skip", b"safe_to_skip", "seq", b"seq", "session_id", b"session_id", "signal_received", b"signal_received", "source_seq", b"source_seq", "tool_completed", b"tool_completed", "tool_executing", b"tool_executing", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["agent_started", "agent_thinking", "tool_executing", "tool_completed", "agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out", "run_recovered"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["agent_started", "agent_thinking", "tool_executing", "tool_completed", "agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out", "run_recovered", "agent_paused", "agent_resumed", "agent_waiting", "approval_requested", "approval_resolved", "signal_received", "agent_handed_off", "attempt_failed"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -149,6 +201,8 @@ class AgentStarted(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     ORDINAL_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    SOURCE_RUN_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_SEQ_FIELD_NUMBER: _builtins.int
     agent_version: _builtins.str
     """The version that the start resolved to."""
     input: _builtins.bytes
@@ -156,7 +210,11 @@ class AgentStarted(_message.Message):
     ordinal: _builtins.int
     """Which run of its session, from 1; set by state."""
     attempt: _builtins.int
-    """Which attempt, from 1."""
+    """Which attempt, from 1; one more than that of the run which RetryRun retried."""
+    source_run_id: _builtins.str
+    """The run that this one retries or was forked from; empty: none."""
+    source_seq: _builtins.int
+    """For a fork: the events of the source up to this seq are repeated; 0: it is no fork."""
     def __init__(
         self,
         *,
@@ -164,10 +222,12 @@ class AgentStarted(_message.Message):
         input: _builtins.bytes = ...,
         ordinal: _builtins.int = ...,
         attempt: _builtins.int = ...,
+        source_run_id: _builtins.str = ...,
+        source_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "input", b"input", "ordinal", b"ordinal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "input", b"input", "ordinal", b"ordinal", "source_run_id", b"source_run_id", "source_seq", b"source_seq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -264,6 +324,8 @@ class ToolExecuting(_message.Message):
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     EFFECT_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    WAKE_TIME_FIELD_NUMBER: _builtins.int
+    SUB_RUN_ID_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """The call, the same over all attempts; the key of a keyed tool."""
     tool: _builtins.str
@@ -274,6 +336,12 @@ class ToolExecuting(_message.Message):
     """What a second call would do."""
     attempt: _builtins.int
     """Which attempt, from 1."""
+    sub_run_id: _builtins.str
+    """For a call of an agent: the sub-run that it starts."""
+    @_builtins.property
+    def wake_time(self) -> _timestamp_pb2.Timestamp:
+        """For a call that only waits (a sleep, a signal, an approval): when it is over by itself; unset: never."""
+
     def __init__(
         self,
         *,
@@ -282,10 +350,12 @@ class ToolExecuting(_message.Message):
         arguments: _builtins.bytes = ...,
         effect: _types_pb2.EffectClass.ValueType = ...,
         attempt: _builtins.int = ...,
+        wake_time: _timestamp_pb2.Timestamp | None = ...,
+        sub_run_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wake_time", b"wake_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "attempt", b"attempt", "call_id", b"call_id", "effect", b"effect", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "attempt", b"attempt", "call_id", b"call_id", "effect", b"effect", "sub_run_id", b"sub_run_id", "tool", b"tool", "wake_time", b"wake_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -548,10 +618,13 @@ class RunRecovered(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     EXECUTOR_FIELD_NUMBER: _builtins.int
     LOST_CALLS_FIELD_NUMBER: _builtins.int
+    HANDED_BACK_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """How often the run was taken over, from 1."""
     executor: _builtins.str
     """The executor that goes on."""
+    handed_back: _builtins.bool
+    """The former executor left in order and handed the run back: nobody died."""
     @_builtins.property
     def lost_calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Calls whose outcome was not in the log."""
@@ -562,11 +635,328 @@ class RunRecovered(_message.Message):
         attempt: _builtins.int = ...,
         executor: _builtins.str = ...,
         lost_calls: _abc.Iterable[_builtins.str] | None = ...,
+        handed_back: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "executor", b"executor", "lost_calls", b"lost_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "executor", b"executor", "handed_back", b"handed_back", "lost_calls", b"lost_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunRecovered: _TypeAlias = RunRecovered  # noqa: Y015
+
+@_typing.final
+class AgentPaused(_message.Message):
+    """The run stands still: no executor holds it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTED_BY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    requested_by: _builtins.str
+    """The user who asked."""
+    reason: _builtins.str
+    """The reason given; may be empty."""
+    def __init__(
+        self,
+        *,
+        requested_by: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "requested_by", b"requested_by"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgentPaused: _TypeAlias = AgentPaused  # noqa: Y015
+
+@_typing.final
+class AgentResumed(_message.Message):
+    """A paused run goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTED_BY_FIELD_NUMBER: _builtins.int
+    requested_by: _builtins.str
+    """The user who asked."""
+    def __init__(
+        self,
+        *,
+        requested_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requested_by", b"requested_by"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgentResumed: _TypeAlias = AgentResumed  # noqa: Y015
+
+@_typing.final
+class AgentWaiting(_message.Message):
+    """The run can do nothing now. Whatever its open calls wait for wakes it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAIT_FOR_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    CALL_IDS_FIELD_NUMBER: _builtins.int
+    wait_for: _types_pb2.WaitKind.ValueType
+    """What the first of them waits for."""
+    detail: _builtins.str
+    """For people: what it waits for, by name."""
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """When it goes on in any case; unset: only when what it waits for comes."""
+
+    @_builtins.property
+    def call_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The open calls."""
+
+    def __init__(
+        self,
+        *,
+        wait_for: _types_pb2.WaitKind.ValueType = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        detail: _builtins.str = ...,
+        call_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_ids", b"call_ids", "detail", b"detail", "until", b"until", "wait_for", b"wait_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgentWaiting: _TypeAlias = AgentWaiting  # noqa: Y015
+
+@_typing.final
+class ApprovalRequested(_message.Message):
+    """A person is asked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPROVAL_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    ANSWER_SCHEMA_FIELD_NUMBER: _builtins.int
+    EXPIRES_TIME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    approval_id: _builtins.str
+    """Derived from the run and the seq of this event: `<run_id>.<seq>`."""
+    title: _builtins.str
+    """What is asked, for people; at most 1,000 characters."""
+    arguments: _builtins.bytes
+    """What it is about: JSON, canonical; for a tool call its arguments."""
+    answer_schema: _builtins.bytes
+    """JSON Schema of the answer's data; empty: anything."""
+    role: _builtins.str
+    """The least role that may answer. `runner`: the run's own user; `operator`, `admin`: anybody of the tenant with it."""
+    call_id: _builtins.str
+    """The open call that waits for the answer."""
+    kind: _types_pb2.ApprovalKind.ValueType
+    """Why it is asked."""
+    @_builtins.property
+    def expires_time(self) -> _timestamp_pb2.Timestamp:
+        """When it counts as denied; unset: never before the run's deadline."""
+
+    def __init__(
+        self,
+        *,
+        approval_id: _builtins.str = ...,
+        title: _builtins.str = ...,
+        arguments: _builtins.bytes = ...,
+        answer_schema: _builtins.bytes = ...,
+        expires_time: _timestamp_pb2.Timestamp | None = ...,
+        role: _builtins.str = ...,
+        call_id: _builtins.str = ...,
+        kind: _types_pb2.ApprovalKind.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_time", b"expires_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_schema", b"answer_schema", "approval_id", b"approval_id", "arguments", b"arguments", "call_id", b"call_id", "expires_time", b"expires_time", "kind", b"kind", "role", b"role", "title", b"title"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApprovalRequested: _TypeAlias = ApprovalRequested  # noqa: Y015
+
+@_typing.final
+class ApprovalResolved(_message.Message):
+    """An approval is over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPROVAL_ID_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    approval_id: _builtins.str
+    """Which one."""
+    decision: _types_pb2.ApprovalDecision.ValueType
+    """How it was decided."""
+    data: _builtins.bytes
+    """The answer: JSON that matches the schema; empty: none."""
+    by: _builtins.str
+    """The user who answered; empty: nobody did."""
+    def __init__(
+        self,
+        *,
+        approval_id: _builtins.str = ...,
+        decision: _types_pb2.ApprovalDecision.ValueType = ...,
+        data: _builtins.bytes = ...,
+        by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval_id", b"approval_id", "by", b"by", "data", b"data", "decision", b"decision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApprovalResolved: _TypeAlias = ApprovalResolved  # noqa: Y015
+
+@_typing.final
+class SignalReceived(_message.Message):
+    """A signal came."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    data: _builtins.bytes
+    """What it brings: JSON; empty: nothing."""
+    by: _builtins.str
+    """The user who sent it."""
+    request_id: _builtins.str
+    """The request that sent it."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+        by: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "data", b"data", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignalReceived: _TypeAlias = SignalReceived  # noqa: Y015
+
+@_typing.final
+class AgentHandedOff(_message.Message):
+    """Another agent drives the run from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_AGENT_FIELD_NUMBER: _builtins.int
+    TO_AGENT_FIELD_NUMBER: _builtins.int
+    TO_VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    from_agent: _builtins.str
+    """The agent so far."""
+    to_agent: _builtins.str
+    """The agent from now on."""
+    to_version: _builtins.str
+    """Its version."""
+    reason: _builtins.str
+    """Why, in the model's words."""
+    def __init__(
+        self,
+        *,
+        from_agent: _builtins.str = ...,
+        to_agent: _builtins.str = ...,
+        to_version: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_agent", b"from_agent", "reason", b"reason", "to_agent", b"to_agent", "to_version", b"to_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgentHandedOff: _TypeAlias = AgentHandedOff  # noqa: Y015
+
+@_typing.final
+class AttemptFailed(_message.Message):
+    """A model step or a tool call failed and is tried again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    RETRY_TIME_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The model step; 0: it was a call."""
+    call_id: _builtins.str
+    """The call; empty: it was a model step."""
+    attempt: _builtins.int
+    """Which attempt it was, from 1."""
+    @_builtins.property
+    def error(self) -> _types_pb2.RunError:
+        """Why it failed."""
+
+    @_builtins.property
+    def retry_time(self) -> _timestamp_pb2.Timestamp:
+        """When the next attempt is made."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        call_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        error: _types_pb2.RunError | None = ...,
+        retry_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "retry_time", b"retry_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "call_id", b"call_id", "error", b"error", "retry_time", b"retry_time", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttemptFailed: _TypeAlias = AttemptFailed  # noqa: Y015
+
+@_typing.final
+class TextDelta(_message.Message):
+    """Unfinished text of a model step: transient, never stored, never a substitute for an event."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """The run."""
+    step: _builtins.int
+    """The model step."""
+    offset: _builtins.int
+    """How many characters of the step's text come before; 0: the text begins, again after a failed attempt."""
+    text: _builtins.str
+    """What follows."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "run_id", b"run_id", "step", b"step", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextDelta: _TypeAlias = TextDelta  # noqa: Y015

@@ -118,49 +118,56 @@ class ExecutionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PauseRun(self, request, context):
-        """Pauses a run between two steps.
+        """Asks a run to stand still between two steps; calls that are under way end first. Durable when
+        answered. FAILED_PRECONDITION / RUN_ENDED, TRANSITION_ILLEGAL when it is paused already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeRun(self, request, context):
-        """Lets a paused run go on.
+        """Lets a paused run go on. FAILED_PRECONDITION / TRANSITION_ILLEGAL when it is not paused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SignalRun(self, request, context):
-        """Sends a named signal to a run.
+        """Sends a named signal to a run: kept until the run takes it, in the order of their coming.
+        At most 1,000 are kept: RESOURCE_EXHAUSTED / QUEUE_FULL. RUN_ENDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResolveApproval(self, request, context):
-        """Answers an approval.
+        """Answers an approval: the first answer counts. FAILED_PRECONDITION / APPROVAL_RESOLVED for every other,
+        APPROVAL_EXPIRED; INVALID_ARGUMENT / ANSWER_INVALID when the data does not match the schema;
+        PERMISSION_DENIED / ROLE_REQUIRED; NOT_FOUND / APPROVAL_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RetryRun(self, request, context):
-        """Starts a failed run again.
+        """Starts an ended run again, as a new run of the same session with the same version, input and
+        limits, and one attempt more. FAILED_PRECONDITION / TRANSITION_ILLEGAL when it has not ended, or completed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ForkRun(self, request, context):
-        """Starts a new run from an event of another.
+        """Starts a new run from an event of another: the finished steps up to it are taken from that log,
+        nothing of them is executed or paid again. INVALID_ARGUMENT when there is no such event.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExplainRun(self, request, context):
-        """Says why a run waits.
+        """Says why a run does not go on: caps and their holders, its session's line, approvals, timers,
+        back-off, no worker, no executor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,19 +48,32 @@ class ExecutionServiceStub:
     FAILED_PRECONDITION / RUN_ENDED when it has ended.
     """
     PauseRun: _grpc.UnaryUnaryMultiCallable[_execution_pb2.PauseRunRequest, _execution_pb2.PauseRunResponse]
-    """Pauses a run between two steps."""
+    """Asks a run to stand still between two steps; calls that are under way end first. Durable when
+    answered. FAILED_PRECONDITION / RUN_ENDED, TRANSITION_ILLEGAL when it is paused already.
+    """
     ResumeRun: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ResumeRunRequest, _execution_pb2.ResumeRunResponse]
-    """Lets a paused run go on."""
+    """Lets a paused run go on. FAILED_PRECONDITION / TRANSITION_ILLEGAL when it is not paused."""
     SignalRun: _grpc.UnaryUnaryMultiCallable[_execution_pb2.SignalRunRequest, _execution_pb2.SignalRunResponse]
-    """Sends a named signal to a run."""
+    """Sends a named signal to a run: kept until the run takes it, in the order of their coming.
+    At most 1,000 are kept: RESOURCE_EXHAUSTED / QUEUE_FULL. RUN_ENDED.
+    """
     ResolveApproval: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ResolveApprovalRequest, _execution_pb2.ResolveApprovalResponse]
-    """Answers an approval."""
+    """Answers an approval: the first answer counts. FAILED_PRECONDITION / APPROVAL_RESOLVED for every other,
+    APPROVAL_EXPIRED; INVALID_ARGUMENT / ANSWER_INVALID when the data does not match the schema;
+    PERMISSION_DENIED / ROLE_REQUIRED; NOT_FOUND / APPROVAL_NOT_FOUND.
+    """
     RetryRun: _grpc.UnaryUnaryMultiCallable[_execution_pb2.RetryRunRequest, _execution_pb2.RetryRunResponse]
-    """Starts a failed run again."""
+    """Starts an ended run again, as a new run of the same session with the same version, input and
+    limits, and one attempt more. FAILED_PRECONDITION / TRANSITION_ILLEGAL when it has not ended, or completed.
+    """
     ForkRun: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ForkRunRequest, _execution_pb2.ForkRunResponse]
-    """Starts a new run from an event of another."""
+    """Starts a new run from an event of another: the finished steps up to it are taken from that log,
+    nothing of them is executed or paid again. INVALID_ARGUMENT when there is no such event.
+    """
     ExplainRun: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ExplainRunRequest, _execution_pb2.ExplainRunResponse]
-    """Says why a run waits."""
+    """Says why a run does not go on: caps and their holders, its session's line, approvals, timers,
+    back-off, no worker, no executor.
+    """
 
 @_typing.type_check_only
 class ExecutionServiceAsyncStub(ExecutionServiceStub):
@@ -82,19 +95,32 @@ class ExecutionServiceAsyncStub(ExecutionServiceStub):
     FAILED_PRECONDITION / RUN_ENDED when it has ended.
     """
     PauseRun: _aio.UnaryUnaryMultiCallable[_execution_pb2.PauseRunRequest, _execution_pb2.PauseRunResponse]  # type: ignore[assignment]
-    """Pauses a run between two steps."""
+    """Asks a run to stand still between two steps; calls that are under way end first. Durable when
+    answered. FAILED_PRECONDITION / RUN_ENDED, TRANSITION_ILLEGAL when it is paused already.
+    """
     ResumeRun: _aio.UnaryUnaryMultiCallable[_execution_pb2.ResumeRunRequest, _execution_pb2.ResumeRunResponse]  # type: ignore[assignment]
-    """Lets a paused run go on."""
+    """Lets a paused run go on. FAILED_PRECONDITION / TRANSITION_ILLEGAL when it is not paused."""
     SignalRun: _aio.UnaryUnaryMultiCallable[_execution_pb2.SignalRunRequest, _execution_pb2.SignalRunResponse]  # type: ignore[assignment]
-    """Sends a named signal to a run."""
+    """Sends a named signal to a run: kept until the run takes it, in the order of their coming.
+    At most 1,000 are kept: RESOURCE_EXHAUSTED / QUEUE_FULL. RUN_ENDED.
+    """
     ResolveApproval: _aio.UnaryUnaryMultiCallable[_execution_pb2.ResolveApprovalRequest, _execution_pb2.ResolveApprovalResponse]  # type: ignore[assignment]
-    """Answers an approval."""
+    """Answers an approval: the first answer counts. FAILED_PRECONDITION / APPROVAL_RESOLVED for every other,
+    APPROVAL_EXPIRED; INVALID_ARGUMENT / ANSWER_INVALID when the data does not match the schema;
+    PERMISSION_DENIED / ROLE_REQUIRED; NOT_FOUND / APPROVAL_NOT_FOUND.
+    """
     RetryRun: _aio.UnaryUnaryMultiCallable[_execution_pb2.RetryRunRequest, _execution_pb2.RetryRunResponse]  # type: ignore[assignment]
-    """Starts a failed run again."""
+    """Starts an ended run again, as a new run of the same session with the same version, input and
+    limits, and one attempt more. FAILED_PRECONDITION / TRANSITION_ILLEGAL when it has not ended, or completed.
+    """
     ForkRun: _aio.UnaryUnaryMultiCallable[_execution_pb2.ForkRunRequest, _execution_pb2.ForkRunResponse]  # type: ignore[assignment]
-    """Starts a new run from an event of another."""
+    """Starts a new run from an event of another: the finished steps up to it are taken from that log,
+    nothing of them is executed or paid again. INVALID_ARGUMENT when there is no such event.
+    """
     ExplainRun: _aio.UnaryUnaryMultiCallable[_execution_pb2.ExplainRunRequest, _execution_pb2.ExplainRunResponse]  # type: ignore[assignment]
-    """Says why a run waits."""
+    """Says why a run does not go on: caps and their holders, its session's line, approvals, timers,
+    back-off, no worker, no executor.
+    """
 
 class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
     """What a run does next: starts, drives and controls runs. Holds leases, stores nothing."""
@@ -137,7 +163,9 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _execution_pb2.PauseRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.PauseRunResponse, _abc.Awaitable[_execution_pb2.PauseRunResponse]]:
-        """Pauses a run between two steps."""
+        """Asks a run to stand still between two steps; calls that are under way end first. Durable when
+        answered. FAILED_PRECONDITION / RUN_ENDED, TRANSITION_ILLEGAL when it is paused already.
+        """
 
     @_abc_1.abstractmethod
     def ResumeRun(
@@ -145,7 +173,7 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _execution_pb2.ResumeRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.ResumeRunResponse, _abc.Awaitable[_execution_pb2.ResumeRunResponse]]:
-        """Lets a paused run go on."""
+        """Lets a paused run go on. FAILED_PRECONDITION / TRANSITION_ILLEGAL when it is not paused."""
 
     @_abc_1.abstractmethod
     def SignalRun(
@@ -153,7 +181,9 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _execution_pb2.SignalRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.SignalRunResponse, _abc.Awaitable[_execution_pb2.SignalRunResponse]]:
-        """Sends a named signal to a run."""
+        """Sends a named signal to a run: kept until the run takes it, in the order of their coming.
+        At most 1,000 are kept: RESOURCE_EXHAUSTED / QUEUE_FULL. RUN_ENDED.
+        """
 
     @_abc_1.abstractmethod
     def ResolveApproval(
@@ -161,7 +191,10 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _execution_pb2.ResolveApprovalRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.ResolveApprovalResponse, _abc.Awaitable[_execution_pb2.ResolveApprovalResponse]]:
-        """Answers an approval."""
+        """Answers an approval: the first answer counts. FAILED_PRECONDITION / APPROVAL_RESOLVED for every other,
+        APPROVAL_EXPIRED; INVALID_ARGUMENT / ANSWER_INVALID when the data does not match the schema;
+        PERMISSION_DENIED / ROLE_REQUIRED; NOT_FOUND / APPROVAL_NOT_FOUND.
+        """
 
     @_abc_1.abstractmethod
     def RetryRun(
@@ -169,7 +202,9 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _execution_pb2.RetryRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.RetryRunResponse, _abc.Awaitable[_execution_pb2.RetryRunResponse]]:
-        """Starts a failed run again."""
+        """Starts an ended run again, as a new run of the same session with the same version, input and
+        limits, and one attempt more. FAILED_PRECONDITION / TRANSITION_ILLEGAL when it has not ended, or completed.
+        """
 
     @_abc_1.abstractmethod
     def ForkRun(
@@ -177,7 +212,9 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _execution_pb2.ForkRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.ForkRunResponse, _abc.Awaitable[_execution_pb2.ForkRunResponse]]:
-        """Starts a new run from an event of another."""
+        """Starts a new run from an event of another: the finished steps up to it are taken from that log,
+        nothing of them is executed or paid again. INVALID_ARGUMENT when there is no such event.
+        """
 
     @_abc_1.abstractmethod
     def ExplainRun(
@@ -185,6 +222,8 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _execution_pb2.ExplainRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.ExplainRunResponse, _abc.Awaitable[_execution_pb2.ExplainRunResponse]]:
-        """Says why a run waits."""
+        """Says why a run does not go on: caps and their holders, its session's line, approvals, timers,
+        back-off, no worker, no executor.
+        """
 
 def add_ExecutionServiceServicer_to_server(servicer: ExecutionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -63,6 +63,8 @@ class Append(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     CREATE_FIELD_NUMBER: _builtins.int
     CONSUMED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     item_id: _builtins.int
     """The sender's own number for the answer, unique on its stream's lifetime and re-sends."""
     append_id: _builtins.str
@@ -77,7 +79,9 @@ class Append(_message.Message):
     """The lease's epoch; 1 for a create."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.RunEvent]:
-        """The events, numbered from expected_seq + 1; 1 to 64. A create has exactly agent_started."""
+        """The events, numbered from expected_seq + 1; 1 to 64. A create has exactly agent_started. None:
+        only with `release` or consumed_request_ids.
+        """
 
     @_builtins.property
     def create(self) -> Global___CreateRun:
@@ -86,6 +90,16 @@ class Append(_message.Message):
     @_builtins.property
     def consumed_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Request ids of the inputs that these events record."""
+
+    @_builtins.property
+    def release(self) -> Global___Release:
+        """Set to give the lease back with this append. The run is claimable again from release.due_time on,
+        at its deadline, or at once when an input has come that the sender did not know.
+        """
+
+    @_builtins.property
+    def metrics(self) -> _types_pb2.RunMetrics:
+        """With a terminal event: what the run cost. State fills in what it alone knows."""
 
     def __init__(
         self,
@@ -99,14 +113,40 @@ class Append(_message.Message):
         events: _abc.Iterable[_events_pb2.RunEvent] | None = ...,
         create: Global___CreateRun | None = ...,
         consumed_request_ids: _abc.Iterable[_builtins.str] | None = ...,
+        release: Global___Release | None = ...,
+        metrics: _types_pb2.RunMetrics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create", b"create"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create", b"create", "metrics", b"metrics", "release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_id", b"append_id", "consumed_request_ids", b"consumed_request_ids", "create", b"create", "epoch", b"epoch", "events", b"events", "expected_seq", b"expected_seq", "item_id", b"item_id", "run_id", b"run_id", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_id", b"append_id", "consumed_request_ids", b"consumed_request_ids", "create", b"create", "epoch", b"epoch", "events", b"events", "expected_seq", b"expected_seq", "item_id", b"item_id", "metrics", b"metrics", "release", b"release", "run_id", b"run_id", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Append: _TypeAlias = Append  # noqa: Y015
+
+@_typing.final
+class Release(_message.Message):
+    """The holder lets go of a run that has not ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DUE_TIME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def due_time(self) -> _timestamp_pb2.Timestamp:
+        """When somebody must take it up; unset: only for an input or the deadline; past: at once."""
+
+    def __init__(
+        self,
+        *,
+        due_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["due_time", b"due_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["due_time", b"due_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Release: _TypeAlias = Release  # noqa: Y015
 
 @_typing.final
 class CreateRun(_message.Message):
@@ -126,6 +166,19 @@ class CreateRun(_message.Message):
     TRACE_ID_FIELD_NUMBER: _builtins.int
     FOLLOWER_ID_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    PARENT_RUN_ID_FIELD_NUMBER: _builtins.int
+    ROOT_RUN_ID_FIELD_NUMBER: _builtins.int
+    PARENT_CALL_ID_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CAPS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    DUE_TIME_FIELD_NUMBER: _builtins.int
+    QUEUE_ONLY_FIELD_NUMBER: _builtins.int
+    BACKLOG_MAX_FIELD_NUMBER: _builtins.int
+    SOURCE_RUN_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    WEBHOOK_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The user it belongs to."""
     session_id: _builtins.str
@@ -148,9 +201,43 @@ class CreateRun(_message.Message):
     """A Follow stream's follower_id at this state process: subscribed to the run from seq 1."""
     policy: _types_pb2.SessionPolicy.ValueType
     """The session's policy, where this run makes it."""
+    parent_run_id: _builtins.str
+    """For a sub-run: the run that starts it; it stands in no line, counts in no cap and is in no list of
+    the user's runs. Its end becomes an input of the parent.
+    """
+    root_run_id: _builtins.str
+    """For a sub-run: the root of its tree."""
+    parent_call_id: _builtins.str
+    """For a sub-run: the parent's call."""
+    depth: _builtins.int
+    """How deep in its tree it is; 0 for a root, at most 10."""
+    priority: _builtins.int
+    """Among the tenant's runs in line, higher goes first; -100 to 100."""
+    weight: _builtins.int
+    """The tenant's share where tenants stand in line for executors, 1 to 1,000; 0: 1."""
+    queue_only: _builtins.bool
+    """The executor has no room: the run is made QUEUED, for whoever has."""
+    backlog_max: _builtins.int
+    """So many of the tenant's runs may be QUEUED, this one included; 0: 100,000. Above: BACKLOG_FULL."""
+    source_run_id: _builtins.str
+    """The run that this one retries or was forked from; empty: none."""
+    attempt: _builtins.int
+    """Which attempt at its work it is; 0: 1."""
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp:
         """Ends the run when passed; unset: none."""
+
+    @_builtins.property
+    def caps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cap]:
+        """The caps that it counts in while it runs; at most 8."""
+
+    @_builtins.property
+    def due_time(self) -> _timestamp_pb2.Timestamp:
+        """It shall not begin before; unset: at once."""
+
+    @_builtins.property
+    def webhook(self) -> Global___Webhook:
+        """Where its end is told; unset: nowhere."""
 
     def __init__(
         self,
@@ -167,14 +254,79 @@ class CreateRun(_message.Message):
         trace_id: _builtins.str = ...,
         follower_id: _builtins.str = ...,
         policy: _types_pb2.SessionPolicy.ValueType = ...,
+        parent_run_id: _builtins.str = ...,
+        root_run_id: _builtins.str = ...,
+        parent_call_id: _builtins.str = ...,
+        depth: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        caps: _abc.Iterable[Global___Cap] | None = ...,
+        weight: _builtins.int = ...,
+        due_time: _timestamp_pb2.Timestamp | None = ...,
+        queue_only: _builtins.bool = ...,
+        backlog_max: _builtins.int = ...,
+        source_run_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        webhook: Global___Webhook | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "due_time", b"due_time", "webhook", b"webhook"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "deadline", b"deadline", "executor_id", b"executor_id", "follower_id", b"follower_id", "idempotency_key", b"idempotency_key", "input", b"input", "policy", b"policy", "request_hash", b"request_hash", "session_id", b"session_id", "trace_id", b"trace_id", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "attempt", b"attempt", "backlog_max", b"backlog_max", "caps", b"caps", "deadline", b"deadline", "depth", b"depth", "due_time", b"due_time", "executor_id", b"executor_id", "follower_id", b"follower_id", "idempotency_key", b"idempotency_key", "input", b"input", "parent_call_id", b"parent_call_id", "parent_run_id", b"parent_run_id", "policy", b"policy", "priority", b"priority", "queue_only", b"queue_only", "request_hash", b"request_hash", "root_run_id", b"root_run_id", "session_id", b"session_id", "source_run_id", b"source_run_id", "trace_id", b"trace_id", "user_id", b"user_id", "webhook", b"webhook", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateRun: _TypeAlias = CreateRun  # noqa: Y015
+
+@_typing.final
+class Cap(_message.Message):
+    """A concurrency cap that holds over all replicas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    scope: _builtins.str
+    """Unique in the tenant, e.g. `tenant`, `user/<user>`, `agent/<agent>`, `agent/<agent>/user/<user>`; at most 300 characters."""
+    limit: _builtins.int
+    """At most so many runs RUNNING at once; from 1."""
+    def __init__(
+        self,
+        *,
+        scope: _builtins.str = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cap: _TypeAlias = Cap  # noqa: Y015
+
+@_typing.final
+class Webhook(_message.Message):
+    """Who is told of a run's end: one signed POST, repeated until it is taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    CREDENTIAL_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """http or https; at most 2,000 characters."""
+    credential: _builtins.str
+    """The name of the credential that signs it; empty: it is not signed."""
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        credential: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credential", b"credential", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Webhook: _TypeAlias = Webhook  # noqa: Y015
 
 @_typing.final
 class AppendResponse(_message.Message):
@@ -268,6 +420,11 @@ class RunInput(_message.Message):
     REQUESTED_BY_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    APPROVAL_FIELD_NUMBER: _builtins.int
+    SUB_RUN_ENDED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request that brought it."""
     tenant_id: _builtins.str
@@ -284,6 +441,26 @@ class RunInput(_message.Message):
     def cancel(self) -> Global___CancelInput:
         """End the run."""
 
+    @_builtins.property
+    def pause(self) -> Global___PauseInput:
+        """Stand still between two steps."""
+
+    @_builtins.property
+    def resume(self) -> Global___ResumeInput:
+        """Go on."""
+
+    @_builtins.property
+    def signal(self) -> Global___SignalInput:
+        """Something for the run to take."""
+
+    @_builtins.property
+    def approval(self) -> Global___ApprovalInput:
+        """The answer to an approval."""
+
+    @_builtins.property
+    def sub_run_ended(self) -> Global___SubRunEnded:
+        """A sub-run has ended; made by the database with that run's terminal event."""
+
     def __init__(
         self,
         *,
@@ -293,16 +470,146 @@ class RunInput(_message.Message):
         requested_by: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         cancel: Global___CancelInput | None = ...,
+        pause: Global___PauseInput | None = ...,
+        resume: Global___ResumeInput | None = ...,
+        signal: Global___SignalInput | None = ...,
+        approval: Global___ApprovalInput | None = ...,
+        sub_run_ended: Global___SubRunEnded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "create_time", b"create_time", "input", b"input"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "cancel", b"cancel", "create_time", b"create_time", "input", b"input", "pause", b"pause", "resume", b"resume", "signal", b"signal", "sub_run_ended", b"sub_run_ended"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "create_time", b"create_time", "input", b"input", "request_id", b"request_id", "requested_by", b"requested_by", "run_id", b"run_id", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "cancel", b"cancel", "create_time", b"create_time", "input", b"input", "pause", b"pause", "request_id", b"request_id", "requested_by", b"requested_by", "resume", b"resume", "run_id", b"run_id", "signal", b"signal", "sub_run_ended", b"sub_run_ended", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["cancel"]  # noqa: Y015
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["cancel", "pause", "resume", "signal", "approval", "sub_run_ended"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___RunInput: _TypeAlias = RunInput  # noqa: Y015
+
+@_typing.final
+class PauseInput(_message.Message):
+    """Stand still between two steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """For people; at most 1,000 characters."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseInput: _TypeAlias = PauseInput  # noqa: Y015
+
+@_typing.final
+class ResumeInput(_message.Message):
+    """Go on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeInput: _TypeAlias = ResumeInput  # noqa: Y015
+
+@_typing.final
+class SignalInput(_message.Message):
+    """Something for the run to take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name: 1 to 100 characters."""
+    data: _builtins.bytes
+    """What it brings: JSON, at most 1 MiB; empty: nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignalInput: _TypeAlias = SignalInput  # noqa: Y015
+
+@_typing.final
+class ApprovalInput(_message.Message):
+    """The answer to an approval."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPROVAL_ID_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    approval_id: _builtins.str
+    """Which one: `<run_id>.<seq>`."""
+    decision: _types_pb2.ApprovalDecision.ValueType
+    """ALLOW or DENY; EXPIRED from the run's holder only, once the time is over."""
+    data: _builtins.bytes
+    """JSON that matches the approval's schema, at most 1 MiB; empty: none."""
+    def __init__(
+        self,
+        *,
+        approval_id: _builtins.str = ...,
+        decision: _types_pb2.ApprovalDecision.ValueType = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval_id", b"approval_id", "data", b"data", "decision", b"decision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApprovalInput: _TypeAlias = ApprovalInput  # noqa: Y015
+
+@_typing.final
+class SubRunEnded(_message.Message):
+    """A sub-run has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUB_RUN_ID_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    sub_run_id: _builtins.str
+    """The sub-run."""
+    call_id: _builtins.str
+    """The call of the parent that started it."""
+    state: _types_pb2.RunState.ValueType
+    """How it ended."""
+    def __init__(
+        self,
+        *,
+        sub_run_id: _builtins.str = ...,
+        call_id: _builtins.str = ...,
+        state: _types_pb2.RunState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "state", b"state", "sub_run_id", b"sub_run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubRunEnded: _TypeAlias = SubRunEnded  # noqa: Y015
 
 @_typing.final
 class CancelInput(_message.Message):
@@ -335,6 +642,10 @@ class PutInputRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    APPROVAL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     request_id: _builtins.str
@@ -343,18 +654,38 @@ class PutInputRequest(_message.Message):
     def cancel(self) -> Global___CancelInput:
         """End the run."""
 
+    @_builtins.property
+    def pause(self) -> Global___PauseInput:
+        """Stand still between two steps."""
+
+    @_builtins.property
+    def resume(self) -> Global___ResumeInput:
+        """Go on."""
+
+    @_builtins.property
+    def signal(self) -> Global___SignalInput:
+        """Something for the run to take."""
+
+    @_builtins.property
+    def approval(self) -> Global___ApprovalInput:
+        """The answer to an approval."""
+
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         request_id: _builtins.str = ...,
         cancel: Global___CancelInput | None = ...,
+        pause: Global___PauseInput | None = ...,
+        resume: Global___ResumeInput | None = ...,
+        signal: Global___SignalInput | None = ...,
+        approval: Global___ApprovalInput | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "input", b"input"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "cancel", b"cancel", "input", b"input", "pause", b"pause", "resume", b"resume", "signal", b"signal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "input", b"input", "request_id", b"request_id", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "cancel", b"cancel", "input", b"input", "pause", b"pause", "request_id", b"request_id", "resume", b"resume", "run_id", b"run_id", "signal", b"signal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["cancel"]  # noqa: Y015
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["cancel", "pause", "resume", "signal", "approval"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
@@ -448,7 +779,8 @@ class ClaimedRun(_message.Message):
     @_builtins.property
     def run(self) -> _types_pb2.Run:
         """The run with its new epoch. One whose turn has come is RUNNING with last_seq 0; one that is still
-        QUEUED comes for its input or its deadline before its turn, and can only be ended.
+        QUEUED comes for its input or its deadline before its turn, and can only be ended. One that is WAITING
+        or PAUSED comes for its input, its time or its deadline, and stays so until an event says otherwise.
         """
 
     @_builtins.property
@@ -536,33 +868,77 @@ Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
 
 @_typing.final
 class PublishDeltasRequest(_message.Message):
-    """Fields come with token streaming."""
+    """A frame of unfinished text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    DELTAS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublishedDelta]:
+        """In order for each run; at most 512."""
+
     def __init__(
         self,
+        *,
+        deltas: _abc.Iterable[Global___PublishedDelta] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PublishDeltasRequest: _TypeAlias = PublishDeltasRequest  # noqa: Y015
 
 @_typing.final
-class PublishDeltasResponse(_message.Message):
-    """Fields come with token streaming."""
+class PublishedDelta(_message.Message):
+    """Unfinished text of one run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """The run's tenant."""
+    user_id: _builtins.str
+    """The run's user."""
+    @_builtins.property
+    def delta(self) -> _events_pb2.TextDelta:
+        """What to show."""
+
     def __init__(
         self,
+        *,
+        tenant_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        delta: _events_pb2.TextDelta | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "tenant_id", b"tenant_id", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishedDelta: _TypeAlias = PublishedDelta  # noqa: Y015
+
+@_typing.final
+class PublishDeltasResponse(_message.Message):
+    """Names the state process (first frame); nothing else is answered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_ID_FIELD_NUMBER: _builtins.int
+    state_id: _builtins.str
+    """As FollowResponse.state_id."""
+    def __init__(
+        self,
+        *,
+        state_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state_id", b"state_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -705,6 +1081,7 @@ class Delivery(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     CAUGHT_UP_SEQ_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    DELTAS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     tenant_id: _builtins.str
@@ -723,6 +1100,10 @@ class Delivery(_message.Message):
     def status(self) -> _status_pb2.Status:
         """The subscription is refused or broken; nothing more follows for it."""
 
+    @_builtins.property
+    def deltas(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.TextDelta]:
+        """Unfinished text, transient: after the events of this delivery. Text so far, with offset 0, for who comes late."""
+
     def __init__(
         self,
         *,
@@ -733,10 +1114,11 @@ class Delivery(_message.Message):
         events: _abc.Iterable[_events_pb2.RunEvent] | None = ...,
         caught_up_seq: _builtins.int | None = ...,
         status: _status_pb2.Status | None = ...,
+        deltas: _abc.Iterable[_events_pb2.TextDelta] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_caught_up_seq", b"_caught_up_seq", "caught_up_seq", b"caught_up_seq", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caught_up_seq", b"_caught_up_seq", "caught_up_seq", b"caught_up_seq", "events", b"events", "run_id", b"run_id", "status", b"status", "subscription_id", b"subscription_id", "tenant_id", b"tenant_id", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caught_up_seq", b"_caught_up_seq", "caught_up_seq", b"caught_up_seq", "deltas", b"deltas", "events", b"events", "run_id", b"run_id", "status", b"status", "subscription_id", b"subscription_id", "tenant_id", b"tenant_id", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__caught_up_seq: _TypeAlias = _typing.Literal["caught_up_seq"]  # noqa: Y015
     _WhichOneofArgType__caught_up_seq: _TypeAlias = _typing.Literal["_caught_up_seq", b"_caught_up_seq"]  # noqa: Y015
@@ -751,16 +1133,20 @@ class GetRunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
+    explain: _builtins.bool
+    """Say also why it does not go on."""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
+        explain: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -773,18 +1159,28 @@ class GetRunResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    executor_id: _builtins.str
+    """Asked for with `explain`: the executor that holds it; empty: nobody."""
     @_builtins.property
     def run(self) -> _types_pb2.Run:
         """As it is now."""
+
+    @_builtins.property
+    def holds(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Hold]:
+        """Asked for with `explain`: why it does not go on, as far as the database knows; empty: it runs, or has ended."""
 
     def __init__(
         self,
         *,
         run: _types_pb2.Run | None = ...,
+        holds: _abc.Iterable[_types_pb2.Hold] | None = ...,
+        executor_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor_id", b"executor_id", "holds", b"holds", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -801,6 +1197,7 @@ class ListRunsRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
+    PARENT_RUN_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """At most this many; 0: 50; at most 500."""
     page_token: _builtins.str
@@ -809,6 +1206,8 @@ class ListRunsRequest(_message.Message):
     """Only this session; empty: all."""
     agent: _builtins.str
     """Only this agent; empty: all."""
+    parent_run_id: _builtins.str
+    """Only sub-runs of this run, which are in no other list; empty: root runs."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.RunState.ValueType]:
         """Only these states; empty: all."""
@@ -821,10 +1220,11 @@ class ListRunsRequest(_message.Message):
         session_id: _builtins.str = ...,
         agent: _builtins.str = ...,
         states: _abc.Iterable[_types_pb2.RunState.ValueType] | None = ...,
+        parent_run_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "page_size", b"page_size", "page_token", b"page_token", "session_id", b"session_id", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "page_size", b"page_size", "page_token", b"page_token", "parent_run_id", b"parent_run_id", "session_id", b"session_id", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1294,16 +1694,21 @@ Global___DeleteSessionResponse: _TypeAlias = DeleteSessionResponse  # noqa: Y015
 
 @_typing.final
 class GetApprovalRequest(_message.Message):
-    """Fields come when GetApproval is built."""
+    """Which approval."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    APPROVAL_ID_FIELD_NUMBER: _builtins.int
+    approval_id: _builtins.str
+    """`<run_id>.<seq>`."""
     def __init__(
         self,
+        *,
+        approval_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval_id", b"approval_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1311,16 +1716,23 @@ Global___GetApprovalRequest: _TypeAlias = GetApprovalRequest  # noqa: Y015
 
 @_typing.final
 class GetApprovalResponse(_message.Message):
-    """Fields come when GetApproval is built."""
+    """The approval."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    APPROVAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def approval(self) -> _types_pb2.Approval:
+        """As it is now."""
+
     def __init__(
         self,
+        *,
+        approval: _types_pb2.Approval | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1328,16 +1740,33 @@ Global___GetApprovalResponse: _TypeAlias = GetApprovalResponse  # noqa: Y015
 
 @_typing.final
 class ListApprovalsRequest(_message.Message):
-    """Fields come when ListApprovals is built."""
+    """Which approvals: the caller's own, and those of the tenant that the caller's role may answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    INCLUDE_RESOLVED_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most this many; 0: 50; at most 500."""
+    page_token: _builtins.str
+    """From the previous page; empty: the first."""
+    run_id: _builtins.str
+    """Only those of this run; empty: all."""
+    include_resolved: _builtins.bool
+    """Also those that are over."""
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        include_resolved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_resolved", b"include_resolved", "page_size", b"page_size", "page_token", b"page_token", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1345,16 +1774,27 @@ Global___ListApprovalsRequest: _TypeAlias = ListApprovalsRequest  # noqa: Y015
 
 @_typing.final
 class ListApprovalsResponse(_message.Message):
-    """Fields come when ListApprovals is built."""
+    """A page of approvals."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    APPROVALS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty: the last."""
+    @_builtins.property
+    def approvals(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Approval]:
+        """Newest first."""
+
     def __init__(
         self,
+        *,
+        approvals: _abc.Iterable[_types_pb2.Approval] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approvals", b"approvals", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1838,16 +2278,39 @@ Global___ListAuditResponse: _TypeAlias = ListAuditResponse  # noqa: Y015
 
 @_typing.final
 class ListRunMetricsRequest(_message.Message):
-    """Fields come when ListRunMetrics is built."""
+    """Which rows, of all users of the tenant."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most this many; 0: 50; at most 500."""
+    page_token: _builtins.str
+    """From the previous page; empty: the first."""
+    agent: _builtins.str
+    """Only this agent; empty: all."""
+    run_id: _builtins.str
+    """Only this run; empty: all."""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Only runs made from then on; unset: all."""
+
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        agent: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "page_size", b"page_size", "page_token", b"page_token", "run_id", b"run_id", "since", b"since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1855,16 +2318,27 @@ Global___ListRunMetricsRequest: _TypeAlias = ListRunMetricsRequest  # noqa: Y015
 
 @_typing.final
 class ListRunMetricsResponse(_message.Message):
-    """Fields come when ListRunMetrics is built."""
+    """A page of rows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    METRICS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty: the last."""
+    @_builtins.property
+    def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.RunMetrics]:
+        """By run id, newest first."""
+
     def __init__(
         self,
+        *,
+        metrics: _abc.Iterable[_types_pb2.RunMetrics] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -233,9 +233,12 @@ class StateServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PutInput(self, request, context):
-        """Writes a control input (cancel, and later pause, resume, signal, approval answers) of a run,
-        at most once per request id; repeated: the first answer. The holder consumes it in the append
-        that records it. FAILED_PRECONDITION / RUN_ENDED when the run has ended.
+        """Writes a control input (cancel, pause, resume, signal, an approval's answer) of a run, at most
+        once per request id; repeated: the first answer. The holder consumes it in the append that
+        records it; a run that nobody holds becomes claimable, a paused one only by cancel and resume.
+        FAILED_PRECONDITION / RUN_ENDED when the run has ended, TRANSITION_ILLEGAL for a pause of a paused
+        run and a resume of one that is not. An approval is decided here, by the first answer:
+        APPROVAL_RESOLVED for every other, NOT_FOUND / APPROVAL_NOT_FOUND, PERMISSION_DENIED / ROLE_REQUIRED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

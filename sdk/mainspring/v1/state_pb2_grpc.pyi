@@ -45,9 +45,12 @@ class StateServiceStub:
     A broken stream says nothing about unanswered items: send them again.
     """
     PutInput: _grpc.UnaryUnaryMultiCallable[_state_pb2.PutInputRequest, _state_pb2.PutInputResponse]
-    """Writes a control input (cancel, and later pause, resume, signal, approval answers) of a run,
-    at most once per request id; repeated: the first answer. The holder consumes it in the append
-    that records it. FAILED_PRECONDITION / RUN_ENDED when the run has ended.
+    """Writes a control input (cancel, pause, resume, signal, an approval's answer) of a run, at most
+    once per request id; repeated: the first answer. The holder consumes it in the append that
+    records it; a run that nobody holds becomes claimable, a paused one only by cancel and resume.
+    FAILED_PRECONDITION / RUN_ENDED when the run has ended, TRANSITION_ILLEGAL for a pause of a paused
+    run and a resume of one that is not. An approval is decided here, by the first answer:
+    APPROVAL_RESOLVED for every other, NOT_FOUND / APPROVAL_NOT_FOUND, PERMISSION_DENIED / ROLE_REQUIRED.
     """
     ClaimRuns: _grpc.UnaryStreamMultiCallable[_state_pb2.ClaimRunsRequest, _state_pb2.ClaimRunsResponse]
     """Hands runs that nobody drives to the calling executor, each leased under a new epoch, as long
@@ -143,9 +146,12 @@ class StateServiceAsyncStub(StateServiceStub):
     A broken stream says nothing about unanswered items: send them again.
     """
     PutInput: _aio.UnaryUnaryMultiCallable[_state_pb2.PutInputRequest, _state_pb2.PutInputResponse]  # type: ignore[assignment]
-    """Writes a control input (cancel, and later pause, resume, signal, approval answers) of a run,
-    at most once per request id; repeated: the first answer. The holder consumes it in the append
-    that records it. FAILED_PRECONDITION / RUN_ENDED when the run has ended.
+    """Writes a control input (cancel, pause, resume, signal, an approval's answer) of a run, at most
+    once per request id; repeated: the first answer. The holder consumes it in the append that
+    records it; a run that nobody holds becomes claimable, a paused one only by cancel and resume.
+    FAILED_PRECONDITION / RUN_ENDED when the run has ended, TRANSITION_ILLEGAL for a pause of a paused
+    run and a resume of one that is not. An approval is decided here, by the first answer:
+    APPROVAL_RESOLVED for every other, NOT_FOUND / APPROVAL_NOT_FOUND, PERMISSION_DENIED / ROLE_REQUIRED.
     """
     ClaimRuns: _aio.UnaryStreamMultiCallable[_state_pb2.ClaimRunsRequest, _state_pb2.ClaimRunsResponse]  # type: ignore[assignment]
     """Hands runs that nobody drives to the calling executor, each leased under a new epoch, as long
@@ -250,9 +256,12 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _state_pb2.PutInputRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_state_pb2.PutInputResponse, _abc.Awaitable[_state_pb2.PutInputResponse]]:
-        """Writes a control input (cancel, and later pause, resume, signal, approval answers) of a run,
-        at most once per request id; repeated: the first answer. The holder consumes it in the append
-        that records it. FAILED_PRECONDITION / RUN_ENDED when the run has ended.
+        """Writes a control input (cancel, pause, resume, signal, an approval's answer) of a run, at most
+        once per request id; repeated: the first answer. The holder consumes it in the append that
+        records it; a run that nobody holds becomes claimable, a paused one only by cancel and resume.
+        FAILED_PRECONDITION / RUN_ENDED when the run has ended, TRANSITION_ILLEGAL for a pause of a paused
+        run and a resume of one that is not. An approval is decided here, by the first answer:
+        APPROVAL_RESOLVED for every other, NOT_FOUND / APPROVAL_NOT_FOUND, PERMISSION_DENIED / ROLE_REQUIRED.
         """
 
     @_abc_1.abstractmethod

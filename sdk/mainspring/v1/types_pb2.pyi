@@ -169,6 +169,424 @@ SESSION_POLICY_PARALLEL: SessionPolicy.ValueType  # 4
 """It runs beside the other."""
 Global___SessionPolicy: _TypeAlias = SessionPolicy  # noqa: Y015
 
+class _WaitKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WaitKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WAIT_KIND_UNSPECIFIED: _WaitKind.ValueType  # 0
+    """Not set; never stored."""
+    WAIT_KIND_APPROVAL: _WaitKind.ValueType  # 1
+    """A person's answer."""
+    WAIT_KIND_SIGNAL: _WaitKind.ValueType  # 2
+    """A signal."""
+    WAIT_KIND_TIMER: _WaitKind.ValueType  # 3
+    """A moment: a sleep, or the next attempt of what failed."""
+    WAIT_KIND_RUN: _WaitKind.ValueType  # 4
+    """The end of a sub-run."""
+    WAIT_KIND_SLOT: _WaitKind.ValueType  # 5
+    """A place within a concurrency cap."""
+
+class WaitKind(_WaitKind, metaclass=_WaitKindEnumTypeWrapper):
+    """What a run waits for."""
+
+WAIT_KIND_UNSPECIFIED: WaitKind.ValueType  # 0
+"""Not set; never stored."""
+WAIT_KIND_APPROVAL: WaitKind.ValueType  # 1
+"""A person's answer."""
+WAIT_KIND_SIGNAL: WaitKind.ValueType  # 2
+"""A signal."""
+WAIT_KIND_TIMER: WaitKind.ValueType  # 3
+"""A moment: a sleep, or the next attempt of what failed."""
+WAIT_KIND_RUN: WaitKind.ValueType  # 4
+"""The end of a sub-run."""
+WAIT_KIND_SLOT: WaitKind.ValueType  # 5
+"""A place within a concurrency cap."""
+Global___WaitKind: _TypeAlias = WaitKind  # noqa: Y015
+
+class _ApprovalKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ApprovalKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ApprovalKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    APPROVAL_KIND_UNSPECIFIED: _ApprovalKind.ValueType  # 0
+    """Not set; never stored."""
+    APPROVAL_KIND_QUESTION: _ApprovalKind.ValueType  # 1
+    """The agent asks for leave or for an answer (`human.approve`, `human.ask`)."""
+    APPROVAL_KIND_TOOL: _ApprovalKind.ValueType  # 2
+    """A tool call needs leave before it is made."""
+    APPROVAL_KIND_UNKNOWN_OUTCOME: _ApprovalKind.ValueType  # 3
+    """An unsafe call was under way when its executor died: retry it, give its result, or let it fail."""
+
+class ApprovalKind(_ApprovalKind, metaclass=_ApprovalKindEnumTypeWrapper):
+    """Why a person is asked."""
+
+APPROVAL_KIND_UNSPECIFIED: ApprovalKind.ValueType  # 0
+"""Not set; never stored."""
+APPROVAL_KIND_QUESTION: ApprovalKind.ValueType  # 1
+"""The agent asks for leave or for an answer (`human.approve`, `human.ask`)."""
+APPROVAL_KIND_TOOL: ApprovalKind.ValueType  # 2
+"""A tool call needs leave before it is made."""
+APPROVAL_KIND_UNKNOWN_OUTCOME: ApprovalKind.ValueType  # 3
+"""An unsafe call was under way when its executor died: retry it, give its result, or let it fail."""
+Global___ApprovalKind: _TypeAlias = ApprovalKind  # noqa: Y015
+
+class _ApprovalDecision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ApprovalDecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ApprovalDecision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    APPROVAL_DECISION_UNSPECIFIED: _ApprovalDecision.ValueType  # 0
+    """Not decided yet."""
+    APPROVAL_DECISION_ALLOW: _ApprovalDecision.ValueType  # 1
+    """Yes."""
+    APPROVAL_DECISION_DENY: _ApprovalDecision.ValueType  # 2
+    """No."""
+    APPROVAL_DECISION_EXPIRED: _ApprovalDecision.ValueType  # 3
+    """Nobody answered in time; counts as no."""
+    APPROVAL_DECISION_WITHDRAWN: _ApprovalDecision.ValueType  # 4
+    """The run ended before anybody answered."""
+
+class ApprovalDecision(_ApprovalDecision, metaclass=_ApprovalDecisionEnumTypeWrapper):
+    """How an approval was decided."""
+
+APPROVAL_DECISION_UNSPECIFIED: ApprovalDecision.ValueType  # 0
+"""Not decided yet."""
+APPROVAL_DECISION_ALLOW: ApprovalDecision.ValueType  # 1
+"""Yes."""
+APPROVAL_DECISION_DENY: ApprovalDecision.ValueType  # 2
+"""No."""
+APPROVAL_DECISION_EXPIRED: ApprovalDecision.ValueType  # 3
+"""Nobody answered in time; counts as no."""
+APPROVAL_DECISION_WITHDRAWN: ApprovalDecision.ValueType  # 4
+"""The run ended before anybody answered."""
+Global___ApprovalDecision: _TypeAlias = ApprovalDecision  # noqa: Y015
+
+class _HoldKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HoldKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HoldKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HOLD_KIND_UNSPECIFIED: _HoldKind.ValueType  # 0
+    """Not set."""
+    HOLD_KIND_SESSION_LINE: _HoldKind.ValueType  # 1
+    """An earlier run of its session has not ended."""
+    HOLD_KIND_CAP: _HoldKind.ValueType  # 2
+    """A concurrency cap is reached."""
+    HOLD_KIND_APPROVAL: _HoldKind.ValueType  # 3
+    """A person has to answer."""
+    HOLD_KIND_SIGNAL: _HoldKind.ValueType  # 4
+    """A signal has to come."""
+    HOLD_KIND_TIMER: _HoldKind.ValueType  # 5
+    """A sleep or a delayed start."""
+    HOLD_KIND_BACKOFF: _HoldKind.ValueType  # 6
+    """A failed attempt waits for the next one."""
+    HOLD_KIND_SUB_RUN: _HoldKind.ValueType  # 7
+    """A sub-run has not ended."""
+    HOLD_KIND_PAUSED: _HoldKind.ValueType  # 8
+    """Somebody paused it."""
+    HOLD_KIND_BREAKER: _HoldKind.ValueType  # 9
+    """A circuit breaker is open."""
+    HOLD_KIND_NO_WORKER: _HoldKind.ValueType  # 10
+    """No worker serves a tool that it has called."""
+    HOLD_KIND_NO_EXECUTOR: _HoldKind.ValueType  # 11
+    """No executor is alive."""
+    HOLD_KIND_BACKLOG: _HoldKind.ValueType  # 12
+    """All executors are busy: it stands in the backlog."""
+    HOLD_KIND_TOOL: _HoldKind.ValueType  # 13
+    """A tool call is under way."""
+    HOLD_KIND_MODEL: _HoldKind.ValueType  # 14
+    """A model step is under way."""
+
+class HoldKind(_HoldKind, metaclass=_HoldKindEnumTypeWrapper):
+    """Why a run does not go on at this moment."""
+
+HOLD_KIND_UNSPECIFIED: HoldKind.ValueType  # 0
+"""Not set."""
+HOLD_KIND_SESSION_LINE: HoldKind.ValueType  # 1
+"""An earlier run of its session has not ended."""
+HOLD_KIND_CAP: HoldKind.ValueType  # 2
+"""A concurrency cap is reached."""
+HOLD_KIND_APPROVAL: HoldKind.ValueType  # 3
+"""A person has to answer."""
+HOLD_KIND_SIGNAL: HoldKind.ValueType  # 4
+"""A signal has to come."""
+HOLD_KIND_TIMER: HoldKind.ValueType  # 5
+"""A sleep or a delayed start."""
+HOLD_KIND_BACKOFF: HoldKind.ValueType  # 6
+"""A failed attempt waits for the next one."""
+HOLD_KIND_SUB_RUN: HoldKind.ValueType  # 7
+"""A sub-run has not ended."""
+HOLD_KIND_PAUSED: HoldKind.ValueType  # 8
+"""Somebody paused it."""
+HOLD_KIND_BREAKER: HoldKind.ValueType  # 9
+"""A circuit breaker is open."""
+HOLD_KIND_NO_WORKER: HoldKind.ValueType  # 10
+"""No worker serves a tool that it has called."""
+HOLD_KIND_NO_EXECUTOR: HoldKind.ValueType  # 11
+"""No executor is alive."""
+HOLD_KIND_BACKLOG: HoldKind.ValueType  # 12
+"""All executors are busy: it stands in the backlog."""
+HOLD_KIND_TOOL: HoldKind.ValueType  # 13
+"""A tool call is under way."""
+HOLD_KIND_MODEL: HoldKind.ValueType  # 14
+"""A model step is under way."""
+Global___HoldKind: _TypeAlias = HoldKind  # noqa: Y015
+
+@_typing.final
+class Hold(_message.Message):
+    """One reason why a run does not go on, or what it is doing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    RUN_IDS_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    APPROVAL_ID_FIELD_NUMBER: _builtins.int
+    CAP_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    kind: Global___HoldKind.ValueType
+    """Which."""
+    detail: _builtins.str
+    """For people: what exactly, with names and figures, and what to do."""
+    approval_id: _builtins.str
+    """The approval that is open."""
+    cap: _builtins.str
+    """The cap's name, e.g. `user`, `tenant`, `agent`."""
+    limit: _builtins.int
+    """The cap."""
+    call_id: _builtins.str
+    """The call it is about."""
+    position: _builtins.int
+    """How many stand before it."""
+    @_builtins.property
+    def run_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The runs that hold what it waits for, at most 10; the sub-runs that it waits for."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """When it goes on by itself; unset: not known."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___HoldKind.ValueType = ...,
+        detail: _builtins.str = ...,
+        run_ids: _abc.Iterable[_builtins.str] | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        approval_id: _builtins.str = ...,
+        cap: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        call_id: _builtins.str = ...,
+        position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval_id", b"approval_id", "call_id", b"call_id", "cap", b"cap", "detail", b"detail", "kind", b"kind", "limit", b"limit", "position", b"position", "run_ids", b"run_ids", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hold: _TypeAlias = Hold  # noqa: Y015
+
+@_typing.final
+class Approval(_message.Message):
+    """A question to a person, and what became of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPROVAL_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    ANSWER_SCHEMA_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRES_TIME_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    ANSWERED_BY_FIELD_NUMBER: _builtins.int
+    RESOLVE_TIME_FIELD_NUMBER: _builtins.int
+    approval_id: _builtins.str
+    """`<run_id>.<seq>` of the event that asked."""
+    run_id: _builtins.str
+    """The run."""
+    tenant_id: _builtins.str
+    """The tenant."""
+    user_id: _builtins.str
+    """The run's user."""
+    session_id: _builtins.str
+    """The run's session."""
+    agent: _builtins.str
+    """The agent that asks."""
+    title: _builtins.str
+    """What is asked, for people."""
+    arguments: _builtins.bytes
+    """What it is about: JSON."""
+    answer_schema: _builtins.bytes
+    """JSON Schema of the answer's data; empty: anything."""
+    role: _builtins.str
+    """The least role that may answer."""
+    kind: Global___ApprovalKind.ValueType
+    """Why it is asked."""
+    decision: Global___ApprovalDecision.ValueType
+    """UNSPECIFIED: open."""
+    data: _builtins.bytes
+    """The answer: JSON."""
+    answered_by: _builtins.str
+    """Who answered."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was asked."""
+
+    @_builtins.property
+    def expires_time(self) -> _timestamp_pb2.Timestamp:
+        """When it counts as denied; unset: never before the run's deadline."""
+
+    @_builtins.property
+    def resolve_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was decided."""
+
+    def __init__(
+        self,
+        *,
+        approval_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        tenant_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        agent: _builtins.str = ...,
+        title: _builtins.str = ...,
+        arguments: _builtins.bytes = ...,
+        answer_schema: _builtins.bytes = ...,
+        role: _builtins.str = ...,
+        kind: Global___ApprovalKind.ValueType = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        expires_time: _timestamp_pb2.Timestamp | None = ...,
+        decision: Global___ApprovalDecision.ValueType = ...,
+        data: _builtins.bytes = ...,
+        answered_by: _builtins.str = ...,
+        resolve_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expires_time", b"expires_time", "resolve_time", b"resolve_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "answer_schema", b"answer_schema", "answered_by", b"answered_by", "approval_id", b"approval_id", "arguments", b"arguments", "create_time", b"create_time", "data", b"data", "decision", b"decision", "expires_time", b"expires_time", "kind", b"kind", "resolve_time", b"resolve_time", "role", b"role", "run_id", b"run_id", "session_id", b"session_id", "tenant_id", b"tenant_id", "title", b"title", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Approval: _TypeAlias = Approval  # noqa: Y015
+
+@_typing.final
+class RunMetrics(_message.Message):
+    """What a run cost and how it went; written with its terminal event."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    AGENT_VERSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ERROR_REASON_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    QUEUE_MS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    MODEL_CALLS_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    TOOL_ERRORS_FIELD_NUMBER: _builtins.int
+    CACHE_HITS_FIELD_NUMBER: _builtins.int
+    RETRIES_FIELD_NUMBER: _builtins.int
+    RECOVERIES_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    WAITING_MS_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """The run."""
+    agent: _builtins.str
+    """Its agent, version and how it ended."""
+    agent_version: _builtins.str
+    """The agent's version."""
+    state: Global___RunState.ValueType
+    """COMPLETED, FAILED, CANCELLED or TIMED_OUT."""
+    error_reason: _builtins.str
+    """The reason of its error; empty: none."""
+    duration_ms: _builtins.float
+    """From create to end, in milliseconds."""
+    queue_ms: _builtins.float
+    """From create to the first event, in milliseconds."""
+    model_calls: _builtins.int
+    """Model steps that ended."""
+    tool_calls: _builtins.int
+    """Tool calls that ended."""
+    tool_errors: _builtins.int
+    """Of them failed."""
+    cache_hits: _builtins.int
+    """Of them answered from the cache."""
+    retries: _builtins.int
+    """Failed attempts that were repeated."""
+    recoveries: _builtins.int
+    """How often another executor took it over."""
+    trace_id: _builtins.str
+    """W3C trace id."""
+    user_id: _builtins.str
+    """Its user."""
+    waiting_ms: _builtins.float
+    """Time spent waiting and paused, in milliseconds."""
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ended."""
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """The stages."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Tokens and cost."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        agent: _builtins.str = ...,
+        agent_version: _builtins.str = ...,
+        state: Global___RunState.ValueType = ...,
+        error_reason: _builtins.str = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        duration_ms: _builtins.float = ...,
+        queue_ms: _builtins.float = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
+        model_calls: _builtins.int = ...,
+        tool_calls: _builtins.int = ...,
+        tool_errors: _builtins.int = ...,
+        cache_hits: _builtins.int = ...,
+        retries: _builtins.int = ...,
+        recoveries: _builtins.int = ...,
+        usage: Global___Usage | None = ...,
+        trace_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        waiting_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "cache_hits", b"cache_hits", "duration_ms", b"duration_ms", "end_time", b"end_time", "error_reason", b"error_reason", "model_calls", b"model_calls", "queue_ms", b"queue_ms", "recoveries", b"recoveries", "retries", b"retries", "run_id", b"run_id", "stages", b"stages", "state", b"state", "tool_calls", b"tool_calls", "tool_errors", b"tool_errors", "trace_id", b"trace_id", "usage", b"usage", "user_id", b"user_id", "waiting_ms", b"waiting_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunMetrics: _TypeAlias = RunMetrics  # noqa: Y015
+
 @_typing.final
 class RunError(_message.Message):
     """An error as a value: in events, in runs, in tool results."""
@@ -310,6 +728,10 @@ class Run(_message.Message):
     PARENT_RUN_ID_FIELD_NUMBER: _builtins.int
     ROOT_RUN_ID_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    SOURCE_RUN_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run (a UUIDv7), made by the gateway."""
     tenant_id: _builtins.str
@@ -340,6 +762,14 @@ class Run(_message.Message):
     """The run that started it; empty for a root."""
     root_run_id: _builtins.str
     """The root of its tree; its own id for a root."""
+    depth: _builtins.int
+    """How deep in its tree it is; 0 for a root, at most 10."""
+    source_run_id: _builtins.str
+    """The run that it retries or was forked from; empty: none."""
+    attempt: _builtins.int
+    """Which attempt at its work it is, from 1."""
+    priority: _builtins.int
+    """Among the tenant's runs in line, higher goes first; -100 to 100."""
     @_builtins.property
     def error(self) -> Global___RunError:
         """The error; unset unless FAILED or TIMED_OUT."""
@@ -398,10 +828,14 @@ class Run(_message.Message):
         parent_run_id: _builtins.str = ...,
         root_run_id: _builtins.str = ...,
         usage: Global___Usage | None = ...,
+        depth: _builtins.int = ...,
+        source_run_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline", b"deadline", "end_time", b"end_time", "error", b"error", "released_time", b"released_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "create_time", b"create_time", "deadline", b"deadline", "end_time", b"end_time", "epoch", b"epoch", "error", b"error", "input", b"input", "last_seq", b"last_seq", "ordinal", b"ordinal", "parent_run_id", b"parent_run_id", "released_time", b"released_time", "result", b"result", "root_run_id", b"root_run_id", "run_id", b"run_id", "session_id", b"session_id", "stages", b"stages", "start_time", b"start_time", "state", b"state", "tenant_id", b"tenant_id", "trace_id", b"trace_id", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "attempt", b"attempt", "create_time", b"create_time", "deadline", b"deadline", "depth", b"depth", "end_time", b"end_time", "epoch", b"epoch", "error", b"error", "input", b"input", "last_seq", b"last_seq", "ordinal", b"ordinal", "parent_run_id", b"parent_run_id", "priority", b"priority", "released_time", b"released_time", "result", b"result", "root_run_id", b"root_run_id", "run_id", b"run_id", "session_id", b"session_id", "source_run_id", b"source_run_id", "stages", b"stages", "start_time", b"start_time", "state", b"state", "tenant_id", b"tenant_id", "trace_id", b"trace_id", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
