@@ -19,9 +19,9 @@ from mainspring_kit.tasks import background
 from mainspring_execution.config import ExecutionSettings
 from mainspring_execution.engine.catalog import Catalog
 from mainspring_execution.engine.claims import Claims
-from mainspring_execution.engine.drive import Surroundings
 from mainspring_execution.engine.lease import Lease
 from mainspring_execution.engine.runs import Runs
+from mainspring_execution.engine.surroundings import Surroundings
 from mainspring_execution.peers import Dispatcher, Registry, State
 from mainspring_execution.servicer import ExecutionServicer
 

@@ -18,9 +18,9 @@ import uuid_utils
 from mainspring.v1 import state_pb2
 from mainspring_execution.engine.catalog import Catalog as ProductCatalog
 from mainspring_execution.engine.claims import Claims
-from mainspring_execution.engine.drive import Surroundings
 from mainspring_execution.engine.lease import Lease
 from mainspring_execution.engine.runs import Runs
+from mainspring_execution.engine.surroundings import Surroundings
 from mainspring_execution.peers import CallPool, Dispatcher, State
 from mainspring_execution.servicer import ExecutionServicer
 from mainspring_gateway.config import GatewaySettings

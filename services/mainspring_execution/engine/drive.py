@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Final, TypeVar
 
-import grpc
 from mainspring.v1 import events_pb2, types_pb2
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError
 from mainspring_kit.identity import UserExecutionContext
-from mainspring_kit.tasks import raise_if_cancelled
 
 from mainspring_execution.core.decision import (
     CallModel,
@@ -25,16 +22,14 @@ from mainspring_execution.core.decision import (
 )
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.progress import fold
-from mainspring_execution.core.record import CORE_EXECUTION, error_value
-from mainspring_execution.core.thought import Thought, Turn, record_thought
+from mainspring_execution.core.record import error_value
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
-from mainspring_execution.engine.catalog import Catalog, PreparedAgent
+from mainspring_execution.engine.catalog import PreparedAgent
 from mainspring_execution.engine.ending import Ending, internal_fault
 from mainspring_execution.engine.journal import Journal
-from mainspring_execution.engine.lease import Lease
-from mainspring_execution.models import Model
-from mainspring_execution.peers import UNREACHED, Dispatcher, State
+from mainspring_execution.engine.surroundings import Grip, Surroundings
+from mainspring_execution.engine.thinking import Thinking
 
 MODEL_ATTEMPTS_MAX: Final = 3
 MODEL_RETRY_SECONDS: Final = 0.1
@@ -52,21 +47,8 @@ VALUE_REFUSALS: Final = ("EVENT_REFUSED", "PAYLOAD_TOO_LARGE", "REQUEST_INVALID"
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What all runs of the process share."""
-
-    state: State
-    dispatcher: Dispatcher
-    catalog: Catalog
-    lease: Lease
-
-
 class Drive:
-    """Drives one run whose agent_started is in the journal, or begins it. Interrupts come through `attention`.
-
-    `lapses`: of the lease, when it was last known that the run is this process's.
-    """
+    """Drives one run whose agent_started is in the journal, or begins it. Interrupts come through `attention`."""
 
     def __init__(
         self,
@@ -79,7 +61,7 @@ class Drive:
         journal: Journal,
         calls: Calls,
         ending: Ending,
-        lapses: int,
+        grip: Grip,
     ) -> None:
         self.attention = attention
         self._around = surroundings
@@ -90,8 +72,10 @@ class Drive:
         self._journal = journal
         self._ending = ending
         self._calls = calls
-        self._history: Sequence[types_pb2.Run] | None = None
-        self._lapses = lapses
+        self._grip = grip
+        self._thinking = Thinking(
+            surroundings, context, run=run, attention=attention, journal=journal, grip=grip, ending=ending
+        )
         self._mends = 0
 
     @property
@@ -143,7 +127,7 @@ class Drive:
 
     async def _drive(self) -> None:
         """Advances to the end. What goes wrong in between ends the run; if that goes wrong too, it is tried again."""
-        await self._wait_durable()
+        await self._grip.wait_durable()
         failure: types_pb2.RunError | None = None
         faults = 0
         while True:
@@ -174,7 +158,7 @@ class Drive:
         if journal.progress.ended:
             # Also where the log says so after a refused append: no cancel and no deadline can interrupt that any more.
             attention.is_ending = True
-            await self._wait_durable()
+            await self._grip.wait_durable()
             return not journal.is_settled or attention.is_interrupted
         if attention.cancel_input is not None:
             await self._ending.cancelled(attention.cancel_input)
@@ -198,7 +182,7 @@ class Drive:
         if isinstance(decision, CallTools):
             await self._call_tools(agent.plan, decision.calls)
         elif isinstance(decision, CallModel):
-            await self._call_model(agent.model, decision.step)
+            await self._thinking.take_step(agent.model, decision.step)
         elif isinstance(decision, Finish):
             await self._ending.completed(agent.plan, decision.result)
         elif isinstance(decision, Fail):
@@ -220,72 +204,21 @@ class Drive:
         assert self._unfit is not None, "a drive has an agent or a reason for having none"
         await self._ending.failed(error_value(self._unfit))
 
-    async def _call_model(self, model: Model, step: int) -> None:
-        if model.needs_history and self._history is None:
-            self._history = await self._reach(self._list_history)
-            if self._history is None:
-                return
-        if model.waits(step):
-            self._journal.flush()
-        if step % STEPS_AT_ONCE == 0:
-            await asyncio.sleep(0)
-        if self._journal.is_behind:
-            await self._wait_durable()
-        if not await self._hold_lease() or self.attention.is_interrupted:
-            return
-        self._ending.mark(CORE_EXECUTION)
-        try:
-            thought = await self._think(model, step)
-            if thought is not None:
-                seq = self._journal.progress.seq + 1
-                thinking = record_thought(thought, run_id=self._run.run_id, seq=seq, step=step)
-                self._journal.record(agent_thinking=thinking)
-        except MainspringError as error:
-            await self._ending.failed(error_value(error))
-
-    async def _think(self, model: Model, step: int) -> Thought | None:
-        """Asks the model, again where it was unavailable; None when interrupted."""
-        for attempt in range(1, MODEL_ATTEMPTS_MAX + 1):
-            try:
-                return await self.attention.listen(model.think(self._turn(step, attempt)))
-            except MainspringError as error:
-                if error.code is not grpc.StatusCode.UNAVAILABLE or attempt == MODEL_ATTEMPTS_MAX:
-                    raise
-            await self.attention.pause(MODEL_RETRY_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
-            if not await self._hold_lease():
-                break
-        return None
-
-    def _turn(self, step: int, attempt: int) -> Turn:
-        progress = self._journal.progress
-        return Turn(
-            tenant_id=self._context.tenant_id,
-            user_id=self._context.user_id,
-            session_id=self._context.session_id,
-            run_id=self._run.run_id,
-            step=step,
-            attempt=attempt,
-            input=progress.input,
-            planned=progress.planned,
-            outcomes=progress.outcomes,
-            history=self._history or (),
-        )
-
     async def _call_tools(self, plan: AgentPlan, planned: Sequence[events_pb2.PlannedCall]) -> None:
         """Makes the calls of a step, all at once, and records each outcome when it comes."""
         intents = self._journal.progress.intents
         new_tools = [call.tool for call in planned if call.call_id not in intents]
-        if self._around.catalog.lacks(new_tools, tenant_id=self._context.tenant_id) and not await self._reach(
+        if self._around.catalog.lacks(new_tools, tenant_id=self._context.tenant_id) and not await self._grip.reach(
             self._learn_tools
         ):
             return
         must_be_durable = self._calls.intend(plan, planned)
-        if not await self._hold_lease():
+        if not await self._grip.hold_lease():
             return
         self._journal.flush()
         if must_be_durable:
-            await self._wait_durable()
-        if self.attention.is_interrupted or not await self._hold_lease():
+            await self._grip.wait_durable()
+        if self.attention.is_interrupted or not await self._grip.hold_lease():
             return
         self._calls.post(planned)
         while self._calls.under_way:
@@ -296,41 +229,6 @@ class Drive:
             if self._calls.under_way:
                 # What others wait beside is told at once; the last outcome goes with the next model step.
                 self._journal.flush()
-
-    async def _wait_durable(self) -> None:
-        """Until every append is durable, or an interrupt."""
-        self.attention.is_awaiting_answers = True
-        while not self._journal.is_settled and not self.attention.is_interrupted:
-            await self.attention.wait()
-        self.attention.is_awaiting_answers = False
-
-    async def _hold_lease(self) -> bool:
-        """Whether an effect may start now; waits for the lease where it lapsed. False: look at the interrupts."""
-        lease = self._around.lease
-        while not lease.is_held or lease.lapses != self._lapses:
-            if self.attention.is_interrupted:
-                return False
-            lapses = lease.lapses
-            if not lease.is_held:
-                await self.attention.listen(lease.wait_held())
-            elif await self._is_still_held():
-                self._lapses = lapses
-            else:
-                return False
-        return True
-
-    async def _is_still_held(self) -> bool:
-        """After a lapse another executor may hold the run: an append that is taken says no, else state is asked."""
-        if self._journal.flush():
-            await self._wait_durable()
-            return not self.attention.is_interrupted
-        run = await self._reach(self._get_run)
-        if run is None:
-            return False
-        if run.epoch != self._journal.epoch:
-            self.attention.abandon()
-            return False
-        return True
 
     async def _mend(self) -> bool:
         """After a refused append: goes on from what is durable, if the run is still this process's."""
@@ -358,8 +256,8 @@ class Drive:
     async def _restore(self) -> bool:
         """Takes what is durable for what has happened; False: the run is no longer this process's."""
         await self._journal.wait_answered()
-        run = await self._reach(self._get_run, only_abandoned=True)
-        log = await self._reach(self._read_log, only_abandoned=True) if run is not None else None
+        run = await self._grip.reach(self._grip.get_run, only_abandoned=True)
+        log = await self._grip.reach(self._read_log, only_abandoned=True) if run is not None else None
         if run is None or log is None or run.epoch != self._journal.epoch:
             self.attention.abandon()
             return False
@@ -368,31 +266,8 @@ class Drive:
         self.attention.is_troubled = self.attention.is_ending = False
         return True
 
-    async def _get_run(self) -> types_pb2.Run:
-        return await self._around.state.get_run(self._context, self._run.run_id)
-
     async def _read_log(self) -> list[events_pb2.RunEvent]:
         return await self._around.state.read_events(self._context, self._run.run_id)
 
-    async def _list_history(self) -> list[types_pb2.Run]:
-        return await self._around.state.list_history(
-            self._context, before_ordinal=self._run.ordinal, runs_max=HISTORY_RUNS_MAX
-        )
-
     async def _learn_tools(self) -> bool:
         return await self._around.catalog.learn_tools(self._context)
-
-    async def _reach(self, ask: Callable[[], Awaitable[Answer]], *, only_abandoned: bool = False) -> Answer | None:
-        """Asks a peer until it answers; None when interrupted, or when the run is no more."""
-        while True:
-            try:
-                return await ask()
-            except MainspringError as error:
-                if error.code is grpc.StatusCode.NOT_FOUND:
-                    self.attention.abandon()
-                elif error.code not in UNREACHED:
-                    raise
-            raise_if_cancelled()
-            if self.attention.is_abandoned or (self.attention.is_interrupted and not only_abandoned):
-                return None
-            await asyncio.sleep(REACH_SECONDS * random.uniform(0.5, 1.0))

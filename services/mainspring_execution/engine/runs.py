@@ -22,9 +22,10 @@ from mainspring_execution.core.start import check_run_id, make_create, read_inpu
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
 from mainspring_execution.engine.catalog import PreparedAgent
-from mainspring_execution.engine.drive import Drive, Surroundings
+from mainspring_execution.engine.drive import Drive
 from mainspring_execution.engine.ending import Ending, internal_fault
 from mainspring_execution.engine.journal import Journal
+from mainspring_execution.engine.surroundings import Grip, Surroundings
 from mainspring_execution.peers import UNREACHED
 
 RETRY_SECONDS: Final = 0.25
@@ -265,7 +266,7 @@ def make_drive(
         journal=journal,
         calls=calls,
         ending=ending,
-        lapses=lapses,
+        grip=Grip(surroundings, context, attention=attention, journal=journal, lapses=lapses),
     )
 
 
