@@ -6,7 +6,9 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mainspring.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +20,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _MissedPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MissedPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MissedPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MISSED_POLICY_UNSPECIFIED: _MissedPolicy.ValueType  # 0
+    """Not set; the same as ONCE."""
+    MISSED_POLICY_SKIP: _MissedPolicy.ValueType  # 1
+    """They are left out."""
+    MISSED_POLICY_ONCE: _MissedPolicy.ValueType  # 2
+    """One run for all of them."""
+    MISSED_POLICY_ALL: _MissedPolicy.ValueType  # 3
+    """A run for each, oldest first, at most 100; older ones are left out."""
+
+class MissedPolicy(_MissedPolicy, metaclass=_MissedPolicyEnumTypeWrapper):
+    """What a schedule does with times at which it could not fire: nobody ran, or it was paused."""
+
+MISSED_POLICY_UNSPECIFIED: MissedPolicy.ValueType  # 0
+"""Not set; the same as ONCE."""
+MISSED_POLICY_SKIP: MissedPolicy.ValueType  # 1
+"""They are left out."""
+MISSED_POLICY_ONCE: MissedPolicy.ValueType  # 2
+"""One run for all of them."""
+MISSED_POLICY_ALL: MissedPolicy.ValueType  # 3
+"""A run for each, oldest first, at most 100; older ones are left out."""
+Global___MissedPolicy: _TypeAlias = MissedPolicy  # noqa: Y015
 
 @_typing.final
 class RegisterAgentRequest(_message.Message):
@@ -1014,17 +1044,112 @@ class DeleteApiKeyResponse(_message.Message):
 Global___DeleteApiKeyResponse: _TypeAlias = DeleteApiKeyResponse  # noqa: Y015
 
 @_typing.final
-class PutScheduleRequest(_message.Message):
-    """Fields come when PutSchedule is built."""
+class Schedule(_message.Message):
+    """A schedule: starts runs of an agent at times that a cron expression names."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAME_FIELD_NUMBER: _builtins.int
+    CRON_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    MISSED_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    NEXT_TIME_FIELD_NUMBER: _builtins.int
+    LAST_TIME_FIELD_NUMBER: _builtins.int
+    LAST_RUN_ID_FIELD_NUMBER: _builtins.int
+    LAST_ERROR_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Unique in the tenant: lower-case letters, digits and dashes, at most 63."""
+    cron: _builtins.str
+    """Five fields of cron, or six with seconds first."""
+    time_zone: _builtins.str
+    """IANA time zone; empty: UTC. A local time that does not exist is skipped to the next one that does, one that
+    comes twice fires once.
+    """
+    agent: _builtins.str
+    """The agent to start."""
+    alias: _builtins.str
+    """Which version: an alias; empty: `stable`."""
+    input: _builtins.bytes
+    """The input: JSON, at most 64 KiB; empty: {}."""
+    user_id: _builtins.str
+    """As whom the runs are started: the user who put it."""
+    missed: Global___MissedPolicy.ValueType
+    """What becomes of missed times."""
+    overlap: _types_pb2.SessionPolicy.ValueType
+    """What a run does while the one before has not ended: the policy of the schedule's session."""
+    paused: _builtins.bool
+    """It does not fire."""
+    last_run_id: _builtins.str
+    """The run that it started last; empty: none."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was put first."""
+
+    @_builtins.property
+    def next_time(self) -> _timestamp_pb2.Timestamp:
+        """When it fires next; unset: never."""
+
+    @_builtins.property
+    def last_time(self) -> _timestamp_pb2.Timestamp:
+        """When it fired last; unset: not yet."""
+
+    @_builtins.property
+    def last_error(self) -> _types_pb2.RunError:
+        """Why its last start was refused; unset: it was not."""
+
     def __init__(
         self,
+        *,
+        name: _builtins.str = ...,
+        cron: _builtins.str = ...,
+        time_zone: _builtins.str = ...,
+        agent: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        input: _builtins.bytes = ...,
+        user_id: _builtins.str = ...,
+        missed: Global___MissedPolicy.ValueType = ...,
+        overlap: _types_pb2.SessionPolicy.ValueType = ...,
+        paused: _builtins.bool = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        next_time: _timestamp_pb2.Timestamp | None = ...,
+        last_time: _timestamp_pb2.Timestamp | None = ...,
+        last_run_id: _builtins.str = ...,
+        last_error: _types_pb2.RunError | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_error", b"last_error", "last_time", b"last_time", "next_time", b"next_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "alias", b"alias", "create_time", b"create_time", "cron", b"cron", "input", b"input", "last_error", b"last_error", "last_run_id", b"last_run_id", "last_time", b"last_time", "missed", b"missed", "name", b"name", "next_time", b"next_time", "overlap", b"overlap", "paused", b"paused", "time_zone", b"time_zone", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Schedule: _TypeAlias = Schedule  # noqa: Y015
+
+@_typing.final
+class PutScheduleRequest(_message.Message):
+    """A specification."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    document: _builtins.bytes
+    """The document, YAML or JSON, `kind: Schedule`; at most 256 KiB. INVALID_ARGUMENT / SPEC_INVALID with a violation
+    per fault.
+    """
+    def __init__(
+        self,
+        *,
+        document: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1032,16 +1157,23 @@ Global___PutScheduleRequest: _TypeAlias = PutScheduleRequest  # noqa: Y015
 
 @_typing.final
 class PutScheduleResponse(_message.Message):
-    """Fields come when PutSchedule is built."""
+    """The schedule is stored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def schedule(self) -> Global___Schedule:
+        """As stored, with the time at which it fires next."""
+
     def __init__(
         self,
+        *,
+        schedule: Global___Schedule | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["schedule", b"schedule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1049,16 +1181,21 @@ Global___PutScheduleResponse: _TypeAlias = PutScheduleResponse  # noqa: Y015
 
 @_typing.final
 class GetScheduleRequest(_message.Message):
-    """Fields come when GetSchedule is built."""
+    """Which schedule."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
     def __init__(
         self,
+        *,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1066,16 +1203,23 @@ Global___GetScheduleRequest: _TypeAlias = GetScheduleRequest  # noqa: Y015
 
 @_typing.final
 class GetScheduleResponse(_message.Message):
-    """Fields come when GetSchedule is built."""
+    """The schedule."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def schedule(self) -> Global___Schedule:
+        """As it is now."""
+
     def __init__(
         self,
+        *,
+        schedule: Global___Schedule | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["schedule", b"schedule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1083,16 +1227,25 @@ Global___GetScheduleResponse: _TypeAlias = GetScheduleResponse  # noqa: Y015
 
 @_typing.final
 class ListSchedulesRequest(_message.Message):
-    """Fields come when ListSchedules is built."""
+    """Which schedules: all of the tenant."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most this many; 0: 50; at most 500."""
+    page_token: _builtins.str
+    """From the previous page; empty: the first."""
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1100,16 +1253,27 @@ Global___ListSchedulesRequest: _TypeAlias = ListSchedulesRequest  # noqa: Y015
 
 @_typing.final
 class ListSchedulesResponse(_message.Message):
-    """Fields come when ListSchedules is built."""
+    """A page of schedules."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SCHEDULES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty: the last."""
+    @_builtins.property
+    def schedules(self) -> _containers.RepeatedCompositeFieldContainer[Global___Schedule]:
+        """By name."""
+
     def __init__(
         self,
+        *,
+        schedules: _abc.Iterable[Global___Schedule] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "schedules", b"schedules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1117,16 +1281,21 @@ Global___ListSchedulesResponse: _TypeAlias = ListSchedulesResponse  # noqa: Y015
 
 @_typing.final
 class DeleteScheduleRequest(_message.Message):
-    """Fields come when DeleteSchedule is built."""
+    """Which schedule."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
     def __init__(
         self,
+        *,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1134,7 +1303,7 @@ Global___DeleteScheduleRequest: _TypeAlias = DeleteScheduleRequest  # noqa: Y015
 
 @_typing.final
 class DeleteScheduleResponse(_message.Message):
-    """Fields come when DeleteSchedule is built."""
+    """It fires no more; runs that it has started go on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
