@@ -19,6 +19,7 @@ from mainspring_kit.tasks import background
 from mainspring_execution.config import ExecutionSettings
 from mainspring_execution.engine.catalog import Catalog
 from mainspring_execution.engine.claims import Claims
+from mainspring_execution.engine.deltas import Deltas
 from mainspring_execution.engine.lease import Lease
 from mainspring_execution.engine.runs import Runs
 from mainspring_execution.engine.surroundings import Surroundings
@@ -62,10 +63,11 @@ async def wired(settings: ExecutionSettings) -> AsyncIterator[Execution]:
         state, dispatcher = State(state_peer), Dispatcher(dispatcher_peer)
         catalog = Catalog(Registry(registry_peer))
         lease = Lease(state, executor_id)
-        around = Surroundings(state, dispatcher, catalog, lease)
+        around = Surroundings(state, dispatcher, catalog, lease, Deltas(state))
         runs = Runs(around, runs_max=settings.runs_max)
         async with background(
             state.appends.run(),
+            around.deltas.run(),
             dispatcher.calls.run(),
             catalog.watch(),
             lease.beat(runs.take_input),

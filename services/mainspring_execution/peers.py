@@ -36,6 +36,7 @@ AppendPool = BatchPool[state_pb2.Append, state_pb2.AppendResult]
 CallPool = BatchPool[dispatcher_pb2.ToolCall, dispatcher_pb2.ToolResult]
 # Streams of grpc.aio are generic over messages that their openers know: Any.
 BeatCall = grpc.aio.StreamStreamCall[Any, Any]
+DeltaCall = grpc.aio.StreamStreamCall[Any, Any]
 ClaimCall = grpc.aio.UnaryStreamCall[Any, Any]
 CatalogCall = grpc.aio.UnaryStreamCall[Any, Any]
 
@@ -80,6 +81,11 @@ class State:
         stub = state_pb2_grpc.StateServiceStub(self._peer.instance_channel(address))
         request = state_pb2.ClaimRunsRequest(executor_id=executor_id, credit=credit)
         return stub.ClaimRuns(request, **self._peer.stream())
+
+    def open_deltas(self, address: str) -> DeltaCall:
+        """The stream of unfinished text to one instance."""
+        stub = state_pb2_grpc.StateServiceStub(self._peer.instance_channel(address))
+        return stub.PublishDeltas(**self._peer.stream())
 
     async def get_run(self, context: UserExecutionContext, run_id: str) -> types_pb2.Run:
         """One run of the context's user; RUN_NOT_FOUND."""

@@ -18,6 +18,7 @@ import uuid_utils
 from mainspring.v1 import state_pb2
 from mainspring_execution.engine.catalog import Catalog as ProductCatalog
 from mainspring_execution.engine.claims import Claims
+from mainspring_execution.engine.deltas import Deltas
 from mainspring_execution.engine.lease import Lease
 from mainspring_execution.engine.runs import Runs
 from mainspring_execution.engine.surroundings import Surroundings
@@ -168,7 +169,7 @@ class World:
         dispatcher.calls = cast(CallPool, observed)
         catalog = cast(ProductCatalog, Catalog(self.checker, self.rng, executor_id=process.name))
         lease = Lease(state, process.name)
-        around = Surroundings(state, dispatcher, catalog, lease)
+        around = Surroundings(state, dispatcher, catalog, lease, Deltas(state))
         runs = Runs(around, runs_max=100)
         self.runs[process.name], self.leases[process.name] = runs, lease
         host.servicers["ExecutionService"] = ExecutionServicer(runs, state)  # type: ignore[abstract]  # as above

@@ -16,6 +16,7 @@ from mainspring_kit.tasks import raise_if_cancelled
 
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.catalog import Catalog
+from mainspring_execution.engine.deltas import Deltas
 from mainspring_execution.engine.journal import Journal
 from mainspring_execution.engine.lease import Lease
 from mainspring_execution.peers import UNREACHED, Dispatcher, State
@@ -33,6 +34,7 @@ class Surroundings:
     dispatcher: Dispatcher
     catalog: Catalog
     lease: Lease
+    deltas: Deltas
 
 
 class Grip:
