@@ -147,7 +147,7 @@ async def test_a_tool_that_the_copy_does_not_know_yet_is_asked_for(
     gate.open()
     async with doomed(settings) as execution:
         # As on an executor that has claimed a run before its copy was whole.
-        execution.around.catalog._effects.clear()
+        execution.around.catalog._tools.clear()
         run_id = await start_on(execution, ann, agent="gated", value=str(tmp_path))
         await ann.end_of(run_id)
     events = await ann.log(run_id)

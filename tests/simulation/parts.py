@@ -38,11 +38,16 @@ class Model:
         self._executor_id = executor_id
         self._think_seconds = think_seconds
 
+    @property
+    def needs_tools(self) -> bool:
+        """No."""
+        return False
+
     def waits(self, step: int) -> bool:
         """Whether `think` may suspend."""
         return self._think_seconds > 0
 
-    async def think(self, turn: Turn) -> Thought:
+    async def think(self, turn: Turn, emit: Callable[[str], None]) -> Thought:
         """Answers the step, or fails in passing."""
         self._checker.model_called(self._executor_id, turn.run_id, turn.step)
         if self._think_seconds:

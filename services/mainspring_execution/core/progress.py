@@ -27,6 +27,7 @@ class Progress:
         "seq",
         "started_ms",
         "steps",
+        "thoughts",
     )
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Progress:
         self.started_ms = 0.0
         self.input = b""
         self.steps = 0
+        self.thoughts: list[events_pb2.AgentThinking] = []
         self.planned: list[events_pb2.PlannedCall] = []
         self.intents: dict[str, events_pb2.ToolExecuting] = {}
         self.outcomes: dict[str, events_pb2.ToolCompleted] = {}
@@ -91,6 +93,7 @@ class Progress:
 
     def _think(self, thinking: events_pb2.AgentThinking) -> None:
         self.steps = thinking.step
+        self.thoughts.append(thinking)
         self.planned.extend(thinking.planned_calls)
         self.result = thinking.result
         self.input_tokens += thinking.usage.input_tokens

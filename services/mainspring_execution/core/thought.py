@@ -18,7 +18,11 @@ ARGUMENTS_BYTES_MAX: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a model step may look at. `history`: the earlier completed runs of the session, oldest first."""
+    """What a model step may look at; what the agent's specification says its model knows.
+
+    `thoughts`: the run's earlier model steps. `failures`: the failed attempts at this one, whoever made them.
+    `history`: the earlier completed runs of the session, oldest first. `tools`: those that the agent may call.
+    """
 
     tenant_id: str
     user_id: str
@@ -30,7 +34,10 @@ class Turn:
     input: bytes
     planned: Sequence[events_pb2.PlannedCall]
     outcomes: Mapping[str, events_pb2.ToolCompleted]
-    history: Sequence[types_pb2.Run]
+    history: Sequence[types_pb2.Run] = ()
+    thoughts: Sequence[events_pb2.AgentThinking] = ()
+    failures: Sequence[events_pb2.AttemptFailed] = ()
+    tools: Sequence[types_pb2.Tool] = ()
 
 
 @dataclass(frozen=True, slots=True)

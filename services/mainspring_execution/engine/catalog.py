@@ -44,7 +44,7 @@ class Catalog:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._newest: dict[tuple[str, str], types_pb2.Agent] = {}
-        self._effects: dict[tuple[str, str], types_pb2.EffectClass.ValueType] = {}
+        self._tools: dict[tuple[str, str], types_pb2.Tool] = {}
         self._prepared: OrderedDict[tuple[str, str, str], PreparedAgent] = OrderedDict()
         self._revision = 0
         self._heard_time = float("-inf")
@@ -106,7 +106,7 @@ class Catalog:
 
     def lacks(self, tools: Iterable[str], *, tenant_id: str) -> bool:
         """Whether the copy does not know a tool: it is not whole yet, or the tool was registered just now."""
-        return any((tenant_id, tool) not in self._effects and ("", tool) not in self._effects for tool in tools)
+        return any((tenant_id, tool) not in self._tools and ("", tool) not in self._tools for tool in tools)
 
     async def learn_tools(self, context: UserExecutionContext) -> bool:
         """Asks for the tenant's tools, for one that the copy lacks. Always true."""
@@ -116,12 +116,17 @@ class Catalog:
 
     def effect_of(self, tool: str, *, tenant_id: str) -> types_pb2.EffectClass.ValueType:
         """What a second call of a tool would do; an unknown tool is taken for unsafe."""
-        return self._effects.get((tenant_id, tool), self._effects.get(("", tool), types_pb2.EFFECT_CLASS_UNSAFE))
+        known = self.tool(tool, tenant_id=tenant_id)
+        return known.effect if known is not None else types_pb2.EFFECT_CLASS_UNSAFE
+
+    def tool(self, name: str, *, tenant_id: str) -> types_pb2.Tool | None:
+        """A tool as its worker declared it: the tenant's own, or the one that all may call."""
+        return self._tools.get((tenant_id, name)) or self._tools.get(("", name))
 
     def _keep(self, tenant_id: str, tool: types_pb2.Tool) -> None:
         key = (tenant_id, tool.name)
-        if len(self._effects) < TOOLS_MAX or key in self._effects:
-            self._effects[key] = tool.effect
+        if len(self._tools) < TOOLS_MAX or key in self._tools:
+            self._tools[key] = tool
 
     def _apply_agent(self, entry: registry_pb2.CatalogAgent) -> None:
         key = (entry.tenant_id, entry.agent.name)

@@ -182,7 +182,7 @@ class Drive:
         if isinstance(decision, CallTools):
             await self._call_tools(agent.plan, decision.calls)
         elif isinstance(decision, CallModel):
-            await self._thinking.take_step(agent.model, decision.step)
+            await self._thinking.take_step(agent, decision.step)
         elif isinstance(decision, Finish):
             await self._ending.completed(agent.plan, decision.result)
         elif isinstance(decision, Fail):

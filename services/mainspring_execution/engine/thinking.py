@@ -15,10 +15,10 @@ from mainspring_kit.identity import UserExecutionContext
 from mainspring_execution.core.record import CORE_EXECUTION, error_value
 from mainspring_execution.core.thought import Thought, Turn, record_thought
 from mainspring_execution.engine.attention import Attention
+from mainspring_execution.engine.catalog import PreparedAgent
 from mainspring_execution.engine.ending import Ending
 from mainspring_execution.engine.journal import Journal
 from mainspring_execution.engine.surroundings import Grip, Surroundings
-from mainspring_execution.models import Model
 
 MODEL_ATTEMPTS_MAX: Final = 3
 MODEL_RETRY_SECONDS: Final = 0.1
@@ -50,8 +50,9 @@ class Thinking:
         self._ending = ending
         self._history: Sequence[types_pb2.Run] | None = None
 
-    async def take_step(self, model: Model, step: int) -> None:
+    async def take_step(self, agent: PreparedAgent, step: int) -> None:
         """Asks for one step and records the answer, or the run's end; neither when interrupted."""
+        model = agent.model
         if model.needs_history and self._history is None:
             self._history = await self._grip.reach(self._list_history)
             if self._history is None:
@@ -66,7 +67,7 @@ class Thinking:
             return
         self._ending.mark(CORE_EXECUTION)
         try:
-            thought = await self._think(model, step)
+            thought = await self._think(agent, step)
             if thought is not None:
                 seq = self._journal.progress.seq + 1
                 thinking = record_thought(thought, run_id=self._run.run_id, seq=seq, step=step)
@@ -74,11 +75,13 @@ class Thinking:
         except MainspringError as error:
             await self._ending.failed(error_value(error))
 
-    async def _think(self, model: Model, step: int) -> Thought | None:
+    async def _think(self, agent: PreparedAgent, step: int) -> Thought | None:
         """Asks the model, again where it was unavailable; None when interrupted."""
         for attempt in range(1, MODEL_ATTEMPTS_MAX + 1):
             try:
-                return await self._attention.listen(model.think(self._turn(step, attempt)))
+                return await self._attention.listen(
+                    agent.model.think(self._turn(agent, step, attempt=attempt), _keep_quiet)
+                )
             except MainspringError as error:
                 if error.code is not grpc.StatusCode.UNAVAILABLE or attempt == MODEL_ATTEMPTS_MAX:
                     raise
@@ -87,7 +90,7 @@ class Thinking:
                 break
         return None
 
-    def _turn(self, step: int, attempt: int) -> Turn:
+    def _turn(self, agent: PreparedAgent, step: int, *, attempt: int) -> Turn:
         progress = self._journal.progress
         return Turn(
             tenant_id=self._context.tenant_id,
@@ -100,9 +103,14 @@ class Thinking:
             planned=progress.planned,
             outcomes=progress.outcomes,
             history=self._history or (),
+            thoughts=progress.thoughts,
         )
 
     async def _list_history(self) -> list[types_pb2.Run]:
         return await self._around.state.list_history(
             self._context, before_ordinal=self._run.ordinal, runs_max=HISTORY_RUNS_MAX
         )
+
+
+def _keep_quiet(_: str) -> None:
+    """Until deltas are published."""

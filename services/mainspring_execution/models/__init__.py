@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from mainspring_execution.core.plan import AgentPlan, spec_invalid
 from mainspring_execution.core.thought import Thought, Turn
 from mainspring_execution.models.scripted import ScriptedModel
+
+# Takes text of a step as it comes, a piece at a time.
+Emit = Callable[[str], None]
 
 
 class Model(Protocol):
@@ -17,12 +21,20 @@ class Model(Protocol):
         """Whether a turn must bring the session's earlier runs."""
         ...
 
+    @property
+    def needs_tools(self) -> bool:
+        """Whether a turn must bring the tools' descriptions."""
+        ...
+
     def waits(self, step: int) -> bool:
         """Whether `think` may suspend at this step: what is known so far is then made durable first."""
         ...
 
-    async def think(self, turn: Turn) -> Thought:
-        """Answers one step; raises MainspringError, UNAVAILABLE where another attempt may help."""
+    async def think(self, turn: Turn, emit: Emit) -> Thought:
+        """Answers one step, giving its text to `emit` as it comes; raises MainspringError.
+
+        Its code says whether another attempt may help. RESULT_INVALID: it may when the turn brings this failure.
+        """
         ...
 
 

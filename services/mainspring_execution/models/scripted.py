@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,6 +47,8 @@ class _Entry:
     calls: tuple[tuple[str, Template], ...]
     result: Template | None
     delay_seconds: float
+    # In how many pieces the text is given out; 0: not before it is whole.
+    deltas: int
     failure: _Failure | None
 
     def templates(self) -> list[Template]:
@@ -78,11 +80,16 @@ class ScriptedModel:
         """Whether an expression names `history` or `session.history`."""
         return self._needs_history
 
+    @property
+    def needs_tools(self) -> bool:
+        """A script knows its tools."""
+        return False
+
     def waits(self, step: int) -> bool:
         """Whether the entry of this step has a delay."""
         return step <= len(self._entries) and self._entries[step - 1].delay_seconds > 0
 
-    async def think(self, turn: Turn) -> Thought:
+    async def think(self, turn: Turn, emit: Callable[[str], None]) -> Thought:
         """Answers with the entry of this step; MODEL_FAILED when the script has none or says so."""
         if turn.step > len(self._entries):
             raise MainspringError(
@@ -94,9 +101,11 @@ class ScriptedModel:
                 step=turn.step,
             )
         entry = self._entries[turn.step - 1]
-        if entry.delay_seconds:
-            await asyncio.sleep(entry.delay_seconds)
         scope = Bounded(_TurnScope(turn))
+        if entry.deltas:
+            await _speak(entry.text.render_text(scope), emit, entry=entry)
+        elif entry.delay_seconds:
+            await asyncio.sleep(entry.delay_seconds)
         if entry.failure is not None and (entry.failure.times is None or turn.attempt <= entry.failure.times):
             raise MainspringError(
                 Reason.MODEL_FAILED,
@@ -113,6 +122,16 @@ class ScriptedModel:
             output_tokens=len(text.split()) + sum(len(call.arguments.split()) for call in calls) + len(result.split()),
         )
         return Thought(MODEL_NAME, text, usage, calls, result)
+
+
+async def _speak(text: str, emit: Callable[[str], None], *, entry: _Entry) -> None:
+    """Gives the text out in as many pieces as the entry says, its delay spread between them."""
+    pieces = min(entry.deltas, len(text))
+    for index in range(pieces):
+        await asyncio.sleep(entry.delay_seconds / pieces)
+        emit(text[len(text) * index // pieces : len(text) * (index + 1) // pieces])
+    if not pieces:
+        await asyncio.sleep(entry.delay_seconds)
 
 
 class _TurnScope:
@@ -235,6 +254,7 @@ def _compile_entry(entry: object, field: str) -> _Entry:
         calls=calls,
         result=compile_template(entry["result"]) if "result" in entry else None,
         delay_seconds=min(delay_seconds, DELAY_SECONDS_MAX),
+        deltas=int(entry.get("deltas", 0)),
         failure=_compile_failure(entry["fail"], f"{field}.fail") if entry.get("fail") else None,
     )
 

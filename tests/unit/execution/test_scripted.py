@@ -47,6 +47,10 @@ def turn(
     )
 
 
+def unheard(_: str) -> None:
+    """Nobody listens to the text as it comes."""
+
+
 def ok(result: bytes) -> events_pb2.ToolCompleted:
     return events_pb2.ToolCompleted(call_id="c1", tool="look.up", status=types_pb2.TOOL_STATUS_OK, result=result)
 
@@ -58,7 +62,7 @@ def failed() -> events_pb2.ToolCompleted:
 
 async def refusal(answering: ScriptedModel, asked: Turn) -> MainspringError:
     with pytest.raises(MainspringError) as raised:
-        await answering.think(asked)
+        await answering.think(asked, unheard)
     return raised.value
 
 
@@ -68,7 +72,7 @@ async def test_a_step_with_calls_plans_them_with_filled_arguments() -> None:
             "text": "Look at {{input.value}}.",
             "calls": [{"tool": "a", "arguments": {"v": "{{input.value}}"}}, {"tool": "b"}],
         }
-    ).think(turn())
+    ).think(turn(), unheard)
     assert thought.text == "Look at 7."
     assert [(call.tool, orjson.loads(call.arguments)) for call in thought.calls] == [("a", {"v": 7}), ("b", {})]
     assert (thought.result, thought.model) == (b"", "scripted/script")
@@ -76,7 +80,9 @@ async def test_a_step_with_calls_plans_them_with_filled_arguments() -> None:
 
 async def test_a_result_passes_json_through_unparsed() -> None:
     answering = model({"result": {"all": "{{calls[0].result}}", "whole": "{{input}}"}})
-    thought = await answering.think(turn(data=b'{"v": 1.50}', outcomes=(ok(b'{"big":12345678901234567890123}'),)))
+    thought = await answering.think(
+        turn(data=b'{"v": 1.50}', outcomes=(ok(b'{"big":12345678901234567890123}'),)), unheard
+    )
     assert thought.result == b'{"all":{"big":12345678901234567890123},"whole":{"v": 1.50}}'
 
 
@@ -84,7 +90,7 @@ async def test_identities_and_the_state_of_calls_can_be_named() -> None:
     answering = model(
         {"result": ["{{user_id}}", "{{run_id}}", "{{session.id}}", "{{calls[0].status}}", "{{calls[0].error.message}}"]}
     )
-    thought = await answering.think(turn(outcomes=(failed(),)))
+    thought = await answering.think(turn(outcomes=(failed(),)), unheard)
     assert orjson.loads(thought.result) == ["ann", RUN_ID, "talk-1", "error", "line 17 is no number"]
 
 
@@ -92,7 +98,7 @@ async def test_the_history_is_a_list_of_earlier_runs() -> None:
     earlier = types_pb2.Run(run_id="r1", ordinal=1, agent="lookup", input=b'{"value":1}', result=b'{"answer":1}')
     answering = model({"result": ["{{history[0].result.answer}}", "{{session.history}}"]})
     assert answering.needs_history
-    first, whole = orjson.loads((await answering.think(turn(history=(earlier,)))).result)
+    first, whole = orjson.loads((await answering.think(turn(history=(earlier,)), unheard)).result)
     assert first == 1
     assert whole == [{"run_id": "r1", "ordinal": 1, "agent": "lookup", "input": {"value": 1}, "result": {"answer": 1}}]
     assert not model({"result": "{{session.id}}"}).needs_history
@@ -110,7 +116,7 @@ async def test_what_a_step_fills_in_is_bounded_together(template: object) -> Non
 async def test_an_input_is_parsed_once_however_often_it_is_named() -> None:
     """Twenty thousand times would hold up every other run for a minute."""
     data = orjson.dumps({"b": "y", "a": [1] * 400_000})
-    thought = await model({"text": "{{input.b}}" * 5_000}).think(turn(data=data))
+    thought = await model({"text": "{{input.b}}" * 5_000}).think(turn(data=data), unheard)
     assert thought.text == "y" * 5_000
 
 
@@ -141,7 +147,7 @@ async def test_the_result_of_a_failed_call_fails_as_the_call_did() -> None:
 
 async def test_arguments_that_are_one_template_must_be_an_object() -> None:
     answering = model({"calls": [{"tool": "a", "arguments": "{{input.value}}"}]})
-    assert (await answering.think(turn(data=b'{"value":{"x":1}}'))).calls[0].arguments == b'{"x":1}'
+    assert (await answering.think(turn(data=b'{"value":{"x":1}}'), unheard)).calls[0].arguments == b'{"x":1}'
     assert (await refusal(answering, turn())).reason_name == "TEMPLATE_INVALID"
 
 
@@ -157,7 +163,7 @@ async def test_failures_are_counted_by_attempt_and_so_the_same_after_a_recovery(
         for attempt in (1, 2):
             error = await refusal(answering, turn(attempt=attempt))
             assert (error.code, error.message) == (grpc.StatusCode.UNAVAILABLE, "no 7")
-        assert isinstance(await answering.think(turn(attempt=3)), Thought)
+        assert isinstance(await answering.think(turn(attempt=3), unheard), Thought)
 
 
 async def test_a_failure_without_times_is_for_ever() -> None:
@@ -167,7 +173,7 @@ async def test_a_failure_without_times_is_for_ever() -> None:
 
 async def test_usage_counts_words() -> None:
     answering = model({"text": "three short words", "result": {"a": "b c"}}, instructions="be very brief")
-    usage = (await answering.think(turn(data=b'{"q": "two words"}'))).usage
+    usage = (await answering.think(turn(data=b'{"q": "two words"}'), unheard)).usage
     assert (usage.input_tokens, usage.output_tokens) == (3 + 3, 3 + 2)
 
 
@@ -197,3 +203,15 @@ def test_a_provider_that_is_not_there_is_refused() -> None:
     with pytest.raises(MainspringError) as raised:
         make_model(plan(model={"provider": "openai", "name": "x"}))
     assert raised.value.metadata["field"] == "model.provider"
+
+
+async def test_the_text_is_given_out_in_as_many_pieces_as_the_entry_says() -> None:
+    pieces: list[str] = []
+    thought = await model({"text": "{{input.value}} times", "deltas": 4}).think(turn(), pieces.append)
+    assert (thought.text, pieces) == ("7 times", ["7", " t", "im", "es"])
+
+
+async def test_a_text_has_no_more_pieces_than_characters() -> None:
+    pieces: list[str] = []
+    await model({"text": "ab", "deltas": 20}).think(turn(), pieces.append)
+    assert pieces == ["a", "b"]
