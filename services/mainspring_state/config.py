@@ -26,6 +26,7 @@ class StateSettings(ServiceSettings):
     subscriptions_max: int = Field(100_000, ge=1, description="subscriptions on one Follow stream")
     tail_runs_max: int = Field(20_000, ge=0, description="runs whose newest events are kept in memory")
     tail_bytes_max: int = Field(64 << 20, ge=0, description="bytes of such events")
+    draft_bytes_max: int = Field(32 << 20, ge=0, description="bytes of unfinished text of model steps under way")
     lease_seconds: float = Field(3.0, ge=0.5, le=600, description="silence after which an executor is held for dead")
     broken_lease_seconds: float = Field(
         1.0, ge=0.1, le=600, description="the same, once its heartbeat stream has broken"

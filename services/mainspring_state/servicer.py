@@ -54,6 +54,12 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
         async for response in self._engine.executors.heartbeat(request_iterator):
             yield response
 
+    async def PublishDeltas(
+        self, request_iterator: AsyncIterator[state_pb2.PublishDeltasRequest], context: ServicerContext
+    ) -> AsyncIterator[state_pb2.PublishDeltasResponse]:
+        async for response in self._engine.publish_deltas(request_iterator):
+            yield response
+
     async def Follow(
         self, request_iterator: AsyncIterator[state_pb2.FollowRequest], context: ServicerContext
     ) -> AsyncIterator[state_pb2.FollowResponse]:

@@ -15,11 +15,13 @@ _UNKNOWN: Final = -1
 class Feed:
     """The run's last seq as far as it is known here, and its newest events as bytes."""
 
-    __slots__ = ("last_seq", "tail", "tail_bytes", "user_id")
+    __slots__ = ("last_seq", "step", "tail", "tail_bytes", "user_id")
 
     def __init__(self) -> None:
         self.user_id = ""
         self.last_seq = _UNKNOWN
+        # The last model step that is known to have ended.
+        self.step = 0
         self.tail: deque[bytes] = deque()
         self.tail_bytes = 0
 

@@ -11,6 +11,7 @@ FRAME: Final = b"F"
 BEAT: Final = b"B"
 INPUT: Final = b"I"
 READY: Final = b"R"
+TEXT: Final = b"T"
 
 BEAT_SECONDS: Final = 0.25
 SILENCE_SECONDS: Final = 3 * BEAT_SECONDS

@@ -16,6 +16,7 @@ from mainspring_state.core.append import ENDED_STATES
 from mainspring_state.core.feed import Feed
 from mainspring_state.core.privacy import public
 from mainspring_state.engine.hub import Hub, Key, is_terminal
+from mainspring_state.engine.showing import Showing
 from mainspring_state.store.reads import Reads
 from mainspring_state.store.rows import to_event
 
@@ -23,6 +24,8 @@ PAGE_EVENTS_MAX: Final = 500
 PAGE_BYTES_MAX: Final = 1 << 20
 # Replays wait for the reader when they fill this part of the stream's bound: only what comes live can flood a stream.
 REPLAY_PART: Final = 4
+# Unfinished text waits when deliveries fill this part of the stream's bound.
+TEXT_PART: Final = 2
 
 # A user's own stream, which no gateway bounds: how many subscriptions it may have, and how many may begin at a time, so
 # that thousands of them do not stand before everybody else's in the line for the database.
@@ -67,6 +70,7 @@ class Follower:
         self._outbox: Outbox[state_pb2.Delivery] = Outbox(
             "follow", items_max=limits.deliveries_max, bytes_max=limits.bytes_max
         )
+        self._text = Showing(sources.hub.drafts)
         self._taken = asyncio.Event()
         self._replay_bytes = 0
         self._tasks: asyncio.TaskGroup | None = None
@@ -89,6 +93,8 @@ class Follower:
                     delivery.ByteSize() for delivery in deliveries if delivery.subscription_id and delivery.events
                 )
                 self._taken.set()
+                for key in self._text.fill(deliveries):
+                    self.show_text(key)
                 yield state_pb2.FollowResponse(deliveries=deliveries)
             if self._failure is not None:
                 raise self._failure
@@ -113,11 +119,22 @@ class Follower:
                 user_id=delivery.user_id,
                 events=public(delivery.events),
             )
+        owed_text = self._text.disown(key)
         self._put(delivery)
         if is_end:
+            self._text.forget(key)
             for subscription_id in self._live.pop(key):
                 self._drop(subscription_id, key)
             self._end_if_done()
+        elif owed_text:
+            self.show_text(key)
+
+    def show_text(self, key: Key) -> None:
+        """Queues what is new of the run's unfinished text, while there is room that events do not need."""
+        if key not in self._live or len(self._outbox) >= self._limits.deliveries_max // TEXT_PART:
+            return
+        if (delivery := self._text.owe(key)) is not None:
+            self._put(delivery)
 
     def join(self, key: Key, user_id: str) -> None:
         """Follows a run from its first event on; it was made in this very moment."""
@@ -261,7 +278,12 @@ class Follower:
             is_ended = is_terminal(events[-1])
         if number != OF_CREATE:
             self._put(_delivery(run, number, caught_up_seq=head))
-        return is_ended or (run.state in ENDED_STATES and head >= run.last_seq)
+        if is_ended or (run.state in ENDED_STATES and head >= run.last_seq):
+            return True
+        text = self._text.so_far(key, is_first=key not in self._live)
+        if text is not None:
+            self._put(_delivery(run, number, deltas=[text]))
+        return False
 
     async def _look_up(self, run_id: str, feed: Feed, *, key: Key, user: UserExecutionContext) -> types_pb2.Run:
         """The run as the user may see it; its feed is not behind it afterwards."""
@@ -342,6 +364,7 @@ class Follower:
 
     def _unwatch_if_idle(self, key: Key) -> None:
         if key not in self._live and key not in self._replaying:
+            self._text.forget(key)
             self._sources.hub.unwatch(key, self)
 
     def _leave(self) -> None:
@@ -360,6 +383,7 @@ def _delivery(
     *,
     events: Sequence[events_pb2.RunEvent] = (),
     caught_up_seq: int | None = None,
+    deltas: Sequence[events_pb2.TextDelta] = (),
 ) -> state_pb2.Delivery:
     return state_pb2.Delivery(
         run_id=run.run_id,
@@ -368,6 +392,7 @@ def _delivery(
         subscription_id=subscription_id,
         events=events,
         caught_up_seq=caught_up_seq,
+        deltas=deltas,
     )
 
 

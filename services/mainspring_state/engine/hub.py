@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from mainspring.v1 import events_pb2, state_pb2
+from mainspring_kit import telemetry
 
 from mainspring_state.core.append import TRANSITIONS
+from mainspring_state.core.drafts import Drafts
 from mainspring_state.core.feed import Feed
 
 # Tenant and run.
@@ -21,6 +23,9 @@ class Watcher(Protocol):
 
     def deliver(self, key: Key, delivery: state_pb2.Delivery, *, is_end: bool) -> None:
         """Takes new events, in order and without gap. Never waits."""
+
+    def show_text(self, key: Key) -> None:
+        """There is more unfinished text of the run. Never waits."""
 
 
 class Creator(Watcher, Protocol):
@@ -36,7 +41,8 @@ class Creator(Watcher, Protocol):
 class Hub:
     """The feeds of runs: those that somebody watches, and a bounded cache of the others' newest events."""
 
-    def __init__(self, *, runs_max: int, bytes_max: int) -> None:
+    def __init__(self, *, runs_max: int, bytes_max: int, drafts: Drafts) -> None:
+        self.drafts = drafts
         self._runs_max = runs_max
         self._bytes_max = bytes_max
         self._watched: dict[Key, Feed] = {}
@@ -79,6 +85,9 @@ class Hub:
         """
         watchers = self._watchers.get(key)
         feed = self._watched.get(key) or self._cached.get(key)
+        if key in self.drafts:
+            for event in events:
+                self.drafts.hear(key, event)
         if feed is not None and feed.misses(events[0].seq):
             if watchers:
                 self.mark_lagging(key)
@@ -94,6 +103,9 @@ class Hub:
         known = feed.accept(events[0].seq, encoded or [event.SerializeToString() for event in events])
         self._bytes += feed.tail_bytes - bytes_before
         fresh = events[known:]
+        for event in fresh:
+            if event.HasField("agent_thinking"):
+                feed.step = max(feed.step, event.agent_thinking.step)
         delivery = None
         if watchers and fresh:
             delivery = state_pb2.Delivery(run_id=key[1], tenant_id=key[0], user_id=user_id, events=fresh)
@@ -102,6 +114,20 @@ class Hub:
             self._cached.move_to_end(key)
         self._trim(feed)
         return delivery
+
+    def take_text(self, published: state_pb2.PublishedDelta) -> None:
+        """Unfinished text of a run: into its draft, and to its watchers. What comes too late is dropped."""
+        delta = published.delta
+        key = (published.tenant_id, delta.run_id)
+        feed = self._watched.get(key) or self._cached.get(key)
+        if feed is not None and feed.user_id and feed.user_id != published.user_id:
+            telemetry.logger().error("foreign_text_dropped", run_id=delta.run_id)
+            return
+        if feed is not None and delta.step <= feed.step:
+            return
+        if self.drafts.add(key, published.user_id, delta):
+            for watcher in list(self._watchers.get(key, ())):
+                watcher.show_text(key)
 
     def mark_lagging(self, key: Key) -> None:
         """Events of this run were missed here: they will be read from the log."""
@@ -150,6 +176,9 @@ class EndWaiter:
         """Wakes who waits when the run has ended."""
         if is_end:
             self.wake()
+
+    def show_text(self, key: Key) -> None:
+        """Text is no end."""
 
     def wake(self) -> None:
         """Ends the wait, whatever the run does."""

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 from mainspring.v1 import state_pb2, types_pb2
 from mainspring_kit import postgres
 from mainspring_kit.identity import UserExecutionContext, caller_variable, new_id
-from mainspring_kit.streams import Replies, serve_batches
+from mainspring_kit.streams import Replies, call_tasks, serve_batches
 
 from mainspring_state.config import StateSettings
 from mainspring_state.core.append import ENDED_STATES
 from mainspring_state.core.backlog import Backlog
+from mainspring_state.core.drafts import Drafts
 from mainspring_state.engine.committer import Committer
 from mainspring_state.engine.executors import Executors, LeaseTimes, run_not_found
 from mainspring_state.engine.follower import Follower, FollowLimits, Sources
@@ -32,7 +33,8 @@ class Engine:
     def __init__(self, settings: StateSettings, pool: postgres.Pool, *, wire: Wire) -> None:
         self.state_id = new_id()
         self.reads = Reads(pool)
-        self._hub = Hub(runs_max=settings.tail_runs_max, bytes_max=settings.tail_bytes_max)
+        drafts = Drafts(bytes_max=settings.draft_bytes_max)
+        self._hub = Hub(runs_max=settings.tail_runs_max, bytes_max=settings.tail_bytes_max, drafts=drafts)
         leases = Leases(pool, self.state_id, lease_seconds=settings.lease_seconds)
         self._presence = Presence(leases)
         self._talk = Talk(wire, self._hub, presence=self._presence, leases=leases, state_id=self.state_id)
@@ -56,6 +58,7 @@ class Engine:
         self._followers: set[Follower] = set()
         self._replies: set[Replies[state_pb2.AppendResult]] = set()
         self._waiters: set[EndWaiter] = set()
+        self._publishers: set[asyncio.Event] = set()
         self._is_draining = False
 
     @property
@@ -84,6 +87,8 @@ class Engine:
             follower.drain()
         for waiter in list(self._waiters):
             waiter.wake()
+        for is_over in self._publishers:
+            is_over.set()
 
     async def append(self, requests: AsyncIterator[state_pb2.AppendRequest]) -> AsyncIterator[state_pb2.AppendResponse]:
         """Serves one Append stream."""
@@ -111,6 +116,27 @@ class Engine:
                 yield response
         finally:
             self._followers.discard(follower)
+
+    async def publish_deltas(
+        self, requests: AsyncIterator[state_pb2.PublishDeltasRequest]
+    ) -> AsyncIterator[state_pb2.PublishDeltasResponse]:
+        """Serves one PublishDeltas stream."""
+        is_over = asyncio.Event()
+
+        async def read() -> None:
+            async for request in requests:
+                for published in request.deltas:
+                    self._hub.take_text(published)
+                self._talk.publish_text(request)
+            is_over.set()
+
+        self._publishers.add(is_over)
+        try:
+            call_tasks.get().create_task(read())
+            yield state_pb2.PublishDeltasResponse(state_id=self.state_id)
+            await is_over.wait()
+        finally:
+            self._publishers.discard(is_over)
 
     async def wait_run(self, user: UserExecutionContext, run_id: str, *, timeout_seconds: float) -> types_pb2.Run:
         """The run when it has ended, or as it is when the time is over. RUN_NOT_FOUND."""

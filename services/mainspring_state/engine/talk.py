@@ -90,6 +90,11 @@ class Talk:
         if self.is_heard():
             self._put(hearing.READY, b"")
 
+    def publish_text(self, request: state_pb2.PublishDeltasRequest) -> None:
+        """Tells other processes of unfinished text, while what must be told leaves room."""
+        if self.is_heard() and len(self._queue) < QUEUED_MAX // 2 and self._queue_bytes < QUEUED_BYTES_MAX // 2:
+            self._put(hearing.TEXT, request.SerializeToString())
+
     async def heal(self, key: Key, feed: Feed) -> None:
         """Brings a feed up to its log, as long as somebody watches it."""
         last_seq = None
@@ -166,6 +171,9 @@ class Talk:
                     self._hub.take_in(key, delivery.user_id, events=delivery.events)
                 else:
                     self._hub.mark_lagging(key)
+        elif publication.kind == hearing.TEXT:
+            for published in state_pb2.PublishDeltasRequest.FromString(publication.body).deltas:
+                self._hub.take_text(published)
         elif self.listener is not None and publication.kind == hearing.INPUT:
             executor_id, run_input = hearing.unpack_input(publication.body)
             self.listener.hear_input(executor_id, state_pb2.RunInput.FromString(run_input))

@@ -10,6 +10,7 @@ import pytest
 from mainspring.v1 import state_pb2
 from mainspring_kit.identity import Caller, Principal
 from mainspring_kit.streams import call_tasks
+from mainspring_state.core.drafts import Drafts
 from mainspring_state.engine.follower import Follower, FollowLimits, Sources
 from mainspring_state.engine.hub import Hub
 
@@ -31,7 +32,7 @@ async def break_off() -> None:
 async def test_a_run_made_for_a_follower_whose_call_is_ending_is_left_alone() -> None:
     # Any: no event is read.
     nothing: Any = None
-    sources = Sources(Hub(runs_max=1, bytes_max=1), nothing, nothing, asyncio.Semaphore(1))
+    sources = Sources(Hub(runs_max=1, bytes_max=1, drafts=Drafts(bytes_max=1)), nothing, nothing, asyncio.Semaphore(1))
     with pytest.raises(ExceptionGroup) as ended:
         async with asyncio.TaskGroup() as tasks:
             call_tasks.set(tasks)
