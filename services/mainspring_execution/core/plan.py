@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import orjson
 from mainspring.v1 import types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 
+from mainspring_execution.core.policy import ATTEMPTS_MAX, DEFAULT_POLICIES, RETRIES_DEFAULT, ErrorPolicy
 from mainspring_execution.core.schema import Schema
 
 TIMEOUT_SECONDS_DEFAULT: Final = 300.0
@@ -37,6 +39,12 @@ class AgentPlan:
     output_schema: Schema | None
     timeout_seconds: float
     steps_max: int
+    # Of what is said of them: error classes, and the seconds of tools. Infinite: no bound but the run's own.
+    errors: Mapping[str, ErrorPolicy] = field(default_factory=dict)
+    retries_max: int = RETRIES_DEFAULT
+    step_timeout_seconds: float = math.inf
+    model_timeout_seconds: float = math.inf
+    tool_timeouts: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_plan(agent: types_pb2.Agent) -> AgentPlan:
@@ -55,6 +63,14 @@ def read_plan(agent: types_pb2.Agent) -> AgentPlan:
         output_schema=_read_schema(spec.get("output_schema")),
         timeout_seconds=min(timeout_seconds, TIMEOUT_SECONDS_MAX),
         steps_max=min(int(limits.get("max_steps", STEPS_DEFAULT)), STEPS_MAX),
+        errors=_read_policies(spec.get("errors") or {}),
+        retries_max=int(limits.get("retries", RETRIES_DEFAULT)),
+        step_timeout_seconds=read_seconds(limits.get("step_timeout", math.inf), field="limits.step_timeout"),
+        model_timeout_seconds=read_seconds(model.get("timeout", math.inf), field="model.timeout"),
+        tool_timeouts={
+            tool: read_seconds(timeout, field=f"tool_timeouts.{tool}")
+            for tool, timeout in (spec.get("tool_timeouts") or {}).items()
+        },
     )
 
 
@@ -73,6 +89,22 @@ def spec_invalid(field: str, fault: str) -> MainspringError:
     return MainspringError(
         Reason.SPEC_INVALID, f"{field}: {fault}. Register a new version of the agent that says it right.", field=field
     )
+
+
+def _read_policies(asked: Mapping[str, Any]) -> dict[str, ErrorPolicy]:
+    """What a specification says of classes of errors, JSON values (Any); what it leaves out is as by default."""
+    policies = {}
+    for name, default in DEFAULT_POLICIES.items():
+        if name not in asked:
+            continue
+        back_off = asked[name].get("backoff") or {}
+        policies[name] = ErrorPolicy(
+            attempts=min(int(asked[name].get("attempts", default.attempts)), ATTEMPTS_MAX),
+            initial_seconds=read_seconds(back_off.get("initial", default.initial_seconds), field=f"errors.{name}"),
+            seconds_max=read_seconds(back_off.get("max", default.seconds_max), field=f"errors.{name}"),
+            multiplier=float(back_off.get("multiplier", default.multiplier)),
+        )
+    return policies
 
 
 def _read_schema(schema: object) -> Schema | None:
