@@ -17,6 +17,8 @@ SPEC_BYTES_MAX: Final = 256 << 10
 DELAY_SECONDS_MAX: Final = 3_600.0
 TIMEOUT_SECONDS_MAX: Final = 86_400.0
 
+# Classes of errors of which no other attempt fares better.
+_NEVER_REPEATED: Final = ("invalid", "permission")
 _DURATION: Final = re.compile(r"([0-9.]+)(ms|s|m|h)")
 _UNIT_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0}
 
@@ -63,9 +65,23 @@ def _check_meaning(spec: dict[str, JsonValue]) -> Iterator[Violation]:
                 yield Violation(f"{path}.calls[{index}].tool", f"{call['tool']} is not in `tools`: add it there")
             if isinstance(text := call.get("arguments"), str) and not _is_template(text):
                 yield Violation(f"{path}.calls[{index}].arguments", "must be an object, or one template for an object")
-    timeout = spec.get("limits", {}).get("timeout")
-    if timeout is not None and not 0 < read_seconds(timeout) <= TIMEOUT_SECONDS_MAX:
-        yield Violation("limits.timeout", f"must be more than 0 and at most {TIMEOUT_SECONDS_MAX:.0f} s")
+    yield from _check_times(spec, tools)
+    for name in _NEVER_REPEATED:
+        if spec.get("errors", {}).get(name, {}).get("attempts", 1) > 1:
+            yield Violation(f"errors.{name}.attempts", "must be 1: it fails in the same way however often it is tried")
+
+
+def _check_times(spec: dict[str, JsonValue], tools: set[str]) -> Iterator[Violation]:
+    limits, tool_timeouts = spec.get("limits", {}), spec.get("tool_timeouts", {})
+    times = {f"limits.{name}": limits[name] for name in ("timeout", "step_timeout") if name in limits}
+    times |= {f"tool_timeouts.{tool}": timeout for tool, timeout in tool_timeouts.items()}
+    if "timeout" in spec["model"]:
+        times["model.timeout"] = spec["model"]["timeout"]
+    for path, timeout in times.items():
+        if not 0 < read_seconds(timeout) <= TIMEOUT_SECONDS_MAX:
+            yield Violation(path, f"must be more than 0 and at most {TIMEOUT_SECONDS_MAX:.0f} s")
+    for tool in sorted(tool_timeouts.keys() - tools):
+        yield Violation(f"tool_timeouts.{tool}", f"{tool} is not in `tools`: add it there")
 
 
 def read_seconds(duration: str) -> float:

@@ -110,6 +110,16 @@ def test_the_schema_is_one_and_describes_every_field() -> None:
         scripted({"fail": {"code": "UNAVAILABLE", "message": "down", "times": 2}, "result": {}}),
         scripted({"calls": [{"tool": "t", "arguments": "{{input}}"}, {"tool": "t"}]}, {"result": 1}, tools=["t"]),
         spec(limits={"timeout": "24h", "max_steps": 1, "max_concurrent_per_user": 1000}),
+        spec(limits={"step_timeout": "30s", "retries": 0}, tools=["t"], tool_timeouts={"t": "5s"}),
+        spec(model={"provider": "openai", "name": "any-model", "timeout": "20s"}),
+        spec(
+            errors={
+                "timeout": {"attempts": 5, "backoff": {"initial": "1s", "max": "1m", "multiplier": 1.5}},
+                "internal": {},
+                "invalid": {"attempts": 1},
+                "permission": {"attempts": 1},
+            }
+        ),
     ],
 )
 def test_right_specifications_are_taken(document: Spec) -> None:
@@ -169,6 +179,24 @@ def test_right_specifications_are_taken(document: Spec) -> None:
         (scripted({"fail": {"code": "OK"}}), "model.script[0].fail.code", "must be one of CANCELLED"),
         (spec(limits={"timeout": "0s"}), "limits.timeout", "must be more than 0 and at most 86400 s"),
         (spec(limits={"timeout": "25h"}), "limits.timeout", "must be more than 0 and at most 86400 s"),
+        (spec(limits={"step_timeout": "0s"}), "limits.step_timeout", "must be more than 0 and at most 86400 s"),
+        (spec(tools=["t"], tool_timeouts={"t": "0ms"}), "tool_timeouts.t", "must be more than 0 and at most 86400 s"),
+        (spec(tool_timeouts={"t": "5s"}), "tool_timeouts.t", "t is not in `tools`: add it"),
+        (
+            spec(model={"provider": "openai", "name": "m", "timeout": "0s"}),
+            "model.timeout",
+            "must be more than 0 and at most 86400 s",
+        ),
+        (spec(errors={"invalid": {"attempts": 2}}), "errors.invalid.attempts", "must be 1: it fails in the same way"),
+        (spec(errors={"permission": {"attempts": 9}}), "errors.permission.attempts", "must be 1: it fails in the same"),
+        (spec(errors={"timeout": {"attempts": 0}}), "errors.timeout.attempts", "less than the minimum of 1"),
+        (spec(errors={"bad luck": {}}), "errors.bad luck", "is not known here; known are exhausted, internal"),
+        (
+            spec(errors={"timeout": {"backoff": {"multiplier": 0.5}}}),
+            "errors.timeout.backoff.multiplier",
+            "less than the minimum of 1",
+        ),
+        (spec(limits={"retries": -1}), "limits.retries", "less than the minimum of 0"),
         (spec(limits={"max_steps": 0}), "limits.max_steps", "less than the minimum of 1"),
         (spec(limits={"max_steps": True}), "limits.max_steps", "must be an integer, not true or false"),
         (spec(output_schema=True), "output_schema", "must be an object, not true or false"),
