@@ -76,12 +76,18 @@ def read_plan(agent: types_pb2.Agent) -> AgentPlan:
 
 def read_seconds(value: object, *, field: str) -> float:
     """A duration of a specification, `100ms`, `30s`, `5m`, `1h` or a number of seconds, in seconds."""
+    seconds = parse_seconds(value)
+    if seconds is None:
+        raise spec_invalid(field, f"{value!r} is not a duration such as 100ms, 30s, 5m or 1h")
+    return seconds
+
+
+def parse_seconds(value: object) -> float | None:
+    """As `read_seconds`; None: it is no duration."""
     if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
         return float(value)
     match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise spec_invalid(field, f"{value!r} is not a duration such as 100ms, 30s, 5m or 1h")
-    return float(match[1]) * _UNIT_SECONDS[match[2]]
+    return None if match is None else float(match[1]) * _UNIT_SECONDS[match[2]]
 
 
 def spec_invalid(field: str, fault: str) -> MainspringError:
