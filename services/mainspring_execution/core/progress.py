@@ -14,6 +14,7 @@ class Progress:
         "attempts",
         "cost_usd",
         "ended",
+        "failures",
         "input",
         "input_tokens",
         "intents",
@@ -24,6 +25,8 @@ class Progress:
         "recoveries",
         "recoveries_in_a_row",
         "result",
+        "retries",
+        "retry_times",
         "seq",
         "started_ms",
         "steps",
@@ -41,6 +44,11 @@ class Progress:
         self.intents: dict[str, events_pb2.ToolExecuting] = {}
         self.outcomes: dict[str, events_pb2.ToolCompleted] = {}
         self.attempts: dict[str, int] = {}
+        # Of the model step that comes next: its failed attempts.
+        self.failures: list[events_pb2.AttemptFailed] = []
+        # When a call, or under "" the next model step, is tried again, in seconds since 1970; also after it was.
+        self.retry_times: dict[str, float] = {}
+        self.retries = 0
         self.result = b""
         self.input_tokens = 0
         self.output_tokens = 0
@@ -73,6 +81,10 @@ class Progress:
             self.attempts[intent.call_id] = intent.attempt
         elif kind == "tool_completed":
             self.outcomes[event.tool_completed.call_id] = event.tool_completed
+            if self.retry_times:
+                self.retry_times.pop(event.tool_completed.call_id, None)
+        elif kind == "attempt_failed":
+            self._fail(event.attempt_failed)
         elif kind == "agent_started":
             self.input = event.agent_started.input
             self.started_ms = event.event_time.seconds * 1e3 + event.event_time.nanos / 1e6
@@ -94,11 +106,22 @@ class Progress:
     def _think(self, thinking: events_pb2.AgentThinking) -> None:
         self.steps = thinking.step
         self.thoughts.append(thinking)
+        if self.failures:
+            self.failures = []
+            self.retry_times.pop("", None)
         self.planned.extend(thinking.planned_calls)
         self.result = thinking.result
         self.input_tokens += thinking.usage.input_tokens
         self.output_tokens += thinking.usage.output_tokens
         self.cost_usd += thinking.usage.cost_usd
+
+    def _fail(self, failed: events_pb2.AttemptFailed) -> None:
+        self.retries += 1
+        self.retry_times[failed.call_id] = failed.retry_time.ToNanoseconds() / 1e9
+        if failed.call_id:
+            self.attempts[failed.call_id] = failed.attempt + 1
+        else:
+            self.failures.append(failed)
 
     def _recover(self, recovered: events_pb2.RunRecovered) -> None:
         self.recoveries += 1
