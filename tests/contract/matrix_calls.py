@@ -243,6 +243,7 @@ class World:
             "PutInput": state_pb2.PutInputRequest(cancel=state_pb2.CancelInput()),
             "ClaimRuns": state_pb2.ClaimRunsRequest(executor_id=unique("matrix"), credit=1),
             "Heartbeat": state_pb2.HeartbeatRequest(executor_id=unique("matrix"), beat=1, leaving=True),
+            "PublishDeltas": state_pb2.PublishDeltasRequest(),
             "Follow": state_pb2.FollowRequest(),
             "GetRun": state_pb2.GetRunRequest(run_id=self.run_id),
             "ListRuns": state_pb2.ListRunsRequest(),

@@ -252,6 +252,37 @@ class Watcher:
         await self.until(lambda: bool(self.statuses(number)))
 
 
+class Publisher:
+    """One PublishDeltas stream, as an executor opens it."""
+
+    def __init__(self, stub: Any, identities: Identities) -> None:
+        self._call = stub.PublishDeltas(metadata=identities.service_metadata(), timeout=TIMEOUT)
+
+    async def write(
+        self, user: UserExecutionContext, run_id: str, text: str, *, step: int = 1, offset: int = 0
+    ) -> None:
+        """Sends one piece of text."""
+        delta = events_pb2.TextDelta(run_id=run_id, step=step, offset=offset, text=text)
+        published = state_pb2.PublishedDelta(tenant_id=user.tenant_id, user_id=user.user_id, delta=delta)
+        await self._call.write(state_pb2.PublishDeltasRequest(deltas=[published]))
+
+    async def first(self) -> Any:
+        """The first frame down the stream."""
+        return await self._call.read()
+
+    async def end(self) -> grpc.StatusCode:
+        """Half-closes, and reads to the end."""
+        await self._call.done_writing()
+        while await self._call.read() is not grpc.aio.EOF:
+            pass
+        code: grpc.StatusCode = await self._call.code()
+        return code
+
+    def close(self) -> None:
+        """Breaks the stream."""
+        self._call.cancel()
+
+
 def person(tenant_id: str = "") -> UserExecutionContext:
     """A user with a session."""
     return make_context(tenant_id)

@@ -24,10 +24,12 @@ from mainspring_state.store.wire import CHANNEL
 from test_framework.grpc_testing import free_address
 from test_framework.identities import Identities, unique
 from test_framework.loop_thread import LoopThread
+from test_framework.waiting import wait_until
 from tests.contract.state_calls import (
     TIMEOUT,
     TIMES,
     Executor,
+    Publisher,
     Watcher,
     cancelled,
     completed,
@@ -109,6 +111,31 @@ async def test_a_watcher_elsewhere_sees_what_is_appended_here(
         await watcher.until_seq(31)
         assert watcher.seqs() == list(range(1, 32))
         watcher.close()
+
+
+async def test_a_watcher_elsewhere_sees_unfinished_text(
+    serve: Serve, aio_stub: Any, identities: Identities, executor: Executor, user: UserExecutionContext
+) -> None:
+    run_id = await executor.start(user)
+    publisher = Publisher(aio_stub, identities)
+    with serve() as address:
+        async with grpc.aio.insecure_channel(address) as channel:
+            metadata = identities.metadata(user.tenant_id, user.user_id)
+            watcher = Watcher(state_pb2_grpc.StateServiceStub(channel), metadata)
+            await watcher.subscribe(run_id)
+            await watcher.until_caught_up()
+            shown = asyncio.ensure_future(watcher.until(lambda: any(found.deltas for found in watcher.deliveries)))
+
+            async def write_once_more() -> bool:
+                # Until the two have met, nobody is told.
+                await publisher.write(user, run_id, "From afar")
+                return shown.done()
+
+            await wait_until(write_once_more)
+            await shown
+            assert watcher.deliveries[-1].deltas[0].text == "From afar"
+            watcher.close()
+    publisher.close()
 
 
 async def test_a_watcher_elsewhere_sees_what_was_committed_when_the_answer_got_lost(

@@ -42,6 +42,11 @@ class Deltas:
         self._state = state
         self._links: dict[str, _Link] = {}
 
+    @property
+    def is_live(self) -> bool:
+        """Whether any state process takes text now."""
+        return any(link.is_live for link in self._links.values())
+
     def writer(
         self, context: UserExecutionContext, run_id: str, step: int, *, state_id: str = ""
     ) -> Callable[[str], None]:
