@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mainspring.v1 import events_pb2
+import orjson
+from mainspring.v1 import events_pb2, types_pb2
+
+from mainspring_execution.core.intrinsic import SIGNAL, is_intrinsic
 
 
 class Progress:
     """What a run's events so far add up to; `apply` takes the next event."""
 
     __slots__ = (
+        "agent",
+        "agent_first_step",
+        "agent_version",
+        "answers",
+        "approvals",
         "attempts",
         "cost_usd",
         "ended",
@@ -19,15 +27,19 @@ class Progress:
         "input_tokens",
         "intents",
         "last_event",
+        "opened_ms",
         "outcomes",
         "output_tokens",
+        "paused",
         "planned",
         "recoveries",
         "recoveries_in_a_row",
+        "requests",
         "result",
         "retries",
         "retry_times",
         "seq",
+        "signals",
         "started_ms",
         "steps",
         "thoughts",
@@ -55,6 +67,20 @@ class Progress:
         self.cost_usd = 0.0
         self.recoveries = 0
         self.recoveries_in_a_row = 0
+        # Who drives the run since which model step, where it was handed over; empty: the agent that it was started with.
+        self.agent = ""
+        self.agent_version = ""
+        self.agent_first_step = 1
+        # Of the calls that only wait: when each began, in milliseconds since 1970.
+        self.opened_ms: dict[str, float] = {}
+        # By call id: the question that is open, and the answer to the last one.
+        self.approvals: dict[str, events_pb2.ApprovalRequested] = {}
+        self.answers: dict[str, events_pb2.ApprovalResolved] = {}
+        # Signals that no call has taken, in the order of their coming.
+        self.signals: list[events_pb2.SignalReceived] = []
+        # Requests that the log has recorded: one that comes again has been done.
+        self.requests: set[str] = set()
+        self.paused = False
         self.ended = False
 
     @property
@@ -74,23 +100,17 @@ class Progress:
             return
         self.recoveries_in_a_row = 0
         if kind == "agent_thinking":
-            self._think(event.agent_thinking)
+            self._think(event.agent_thinking, is_own=not event.source_seq)
         elif kind == "tool_executing":
-            intent = event.tool_executing
-            self.intents[intent.call_id] = intent
-            self.attempts[intent.call_id] = intent.attempt
+            self._intend(event)
         elif kind == "tool_completed":
-            self.outcomes[event.tool_completed.call_id] = event.tool_completed
-            if self.retry_times:
-                self.retry_times.pop(event.tool_completed.call_id, None)
-        elif kind == "attempt_failed":
-            self._fail(event.attempt_failed)
+            self._complete(event.tool_completed)
         elif kind == "agent_started":
             self.input = event.agent_started.input
-            self.started_ms = event.event_time.seconds * 1e3 + event.event_time.nanos / 1e6
+            self.started_ms = _milliseconds(event)
         elif kind in ("agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"):
             self.ended = True
-        elif not event.safe_to_skip:
+        elif not self._apply_control(event, self.last_event) and not event.safe_to_skip:
             raise ValueError(f"run {event.run_id}: this release does not know what event {event.seq} means")
 
     def open_calls(self) -> list[events_pb2.PlannedCall]:
@@ -99,11 +119,16 @@ class Progress:
             return []
         return [call for call in self.planned if call.call_id not in self.outcomes]
 
-    def lost_calls(self) -> list[str]:
-        """Calls that were begun and have no outcome: what a takeover finds."""
+    def begun_calls(self) -> list[str]:
+        """Calls that were begun and have no outcome."""
         return [call_id for call_id in self.intents if call_id not in self.outcomes]
 
-    def _think(self, thinking: events_pb2.AgentThinking) -> None:
+    def lost_calls(self) -> list[str]:
+        """Those of them that somebody else was asked to make: what a takeover finds."""
+        return [call_id for call_id in self.begun_calls() if not is_intrinsic(self.intents[call_id].tool)]
+
+    def _think(self, thinking: events_pb2.AgentThinking, *, is_own: bool) -> None:
+        """What a fork has taken from another run's log was paid there."""
         self.steps = thinking.step
         self.thoughts.append(thinking)
         if self.failures:
@@ -111,9 +136,27 @@ class Progress:
             self.retry_times.pop("", None)
         self.planned.extend(thinking.planned_calls)
         self.result = thinking.result
-        self.input_tokens += thinking.usage.input_tokens
-        self.output_tokens += thinking.usage.output_tokens
-        self.cost_usd += thinking.usage.cost_usd
+        if is_own:
+            self.input_tokens += thinking.usage.input_tokens
+            self.output_tokens += thinking.usage.output_tokens
+            self.cost_usd += thinking.usage.cost_usd
+
+    def _intend(self, event: events_pb2.RunEvent) -> None:
+        intent = event.tool_executing
+        self.intents[intent.call_id] = intent
+        self.attempts[intent.call_id] = intent.attempt
+        if is_intrinsic(intent.tool):
+            self.opened_ms[intent.call_id] = _milliseconds(event)
+
+    def _complete(self, outcome: events_pb2.ToolCompleted) -> None:
+        self.outcomes[outcome.call_id] = outcome
+        if self.retry_times:
+            self.retry_times.pop(outcome.call_id, None)
+        if outcome.tool == SIGNAL and outcome.status == types_pb2.TOOL_STATUS_OK:
+            name = orjson.loads(outcome.result)["name"]
+            taken = next((signal for signal in self.signals if signal.name == name), None)
+            if taken is not None:
+                self.signals.remove(taken)
 
     def _fail(self, failed: events_pb2.AttemptFailed) -> None:
         self.retries += 1
@@ -125,9 +168,45 @@ class Progress:
 
     def _recover(self, recovered: events_pb2.RunRecovered) -> None:
         self.recoveries += 1
+        if recovered.handed_back:
+            return
         self.recoveries_in_a_row += 1
         for call_id in recovered.lost_calls:
             self.attempts[call_id] = self.attempts.get(call_id, 0) + 1
+            # Leave to make a call again holds for one attempt, and that may have been it.
+            self.answers.pop(call_id, None)
+
+    def _apply_control(self, event: events_pb2.RunEvent, kind: str) -> bool:
+        """Takes what people and time did to the run; False: it was nothing of theirs."""
+        if kind == "attempt_failed":
+            self._fail(event.attempt_failed)
+        elif kind == "signal_received":
+            self.signals.append(event.signal_received)
+            self.requests.add(event.signal_received.request_id)
+        elif kind == "approval_requested":
+            asked = event.approval_requested
+            self.approvals[asked.call_id] = asked
+            self.answers.pop(asked.call_id, None)
+        elif kind == "approval_resolved":
+            self._resolve(event.approval_resolved)
+        elif kind == "agent_paused":
+            self.paused = True
+            self.requests.add(event.agent_paused.request_id)
+        elif kind == "agent_resumed":
+            self.paused = False
+            self.requests.add(event.agent_resumed.request_id)
+        elif kind == "agent_handed_off":
+            self.agent, self.agent_version = event.agent_handed_off.to_agent, event.agent_handed_off.to_version
+            self.agent_first_step = self.steps + 1
+        else:
+            return kind == "agent_waiting"
+        return True
+
+    def _resolve(self, resolved: events_pb2.ApprovalResolved) -> None:
+        for call_id, asked in list(self.approvals.items()):
+            if asked.approval_id == resolved.approval_id:
+                del self.approvals[call_id]
+                self.answers[call_id] = resolved
 
 
 def fold(events: Iterable[events_pb2.RunEvent]) -> Progress:
@@ -136,3 +215,7 @@ def fold(events: Iterable[events_pb2.RunEvent]) -> Progress:
     for event in events:
         progress.apply(event)
     return progress
+
+
+def _milliseconds(event: events_pb2.RunEvent) -> float:
+    return event.event_time.seconds * 1e3 + event.event_time.nanos / 1e6
