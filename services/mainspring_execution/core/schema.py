@@ -24,6 +24,11 @@ STEP_CHARACTERS: Final = 4_096
 PATTERNS_MAX: Final = 64
 PATTERN_STEPS: Final = 1_000
 
+_META: Final = Draft202012Validator(Draft202012Validator.META_SCHEMA)
+_UNWANTED: Final = frozenset(
+    {"$ref", "$dynamicRef", "$id", "$anchor", "$dynamicAnchor", "$schema", "unevaluatedItems", "unevaluatedProperties"}
+)
+
 # A keyword of jsonschema. It is called with the validator, its own value, the instance and the schema around it, all of
 # which may be anything: Any.
 _Keyword = Callable[..., Iterator[ValidationError] | None]
@@ -61,6 +66,7 @@ class Schema:
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
         """`schema`: JSON values (Any)."""
+        self.document = schema
         self._validator = _Validator(schema)
 
     def first_fault(self, value: Any, *, steps_max: int) -> Fault | None:
@@ -75,6 +81,44 @@ class Schema:
         finally:
             _check.reset(token)
         return None if error is None else Fault(error.json_path, error.message)
+
+
+def schema_fault(schema: Mapping[str, Any]) -> str:
+    """Why a small schema (JSON values: Any) that no registry has seen cannot be used; empty: it can.
+
+    It must say no more than can be checked by itself and in bounded time, so no references either.
+    """
+    for inner in _objects(schema):
+        if unwanted := _UNWANTED & inner.keys():
+            return f"{min(unwanted)} is not taken here"
+    fault = next(_META.iter_errors(schema), None)
+    if fault is not None:
+        return f"it is no JSON Schema at {fault.json_path}: {fault.message}"
+    for inner in _objects(schema):
+        for pattern in (inner.get("pattern"), *(inner.get("patternProperties") or ())):
+            if isinstance(pattern, str) and not _is_taken(pattern):
+                return f"the pattern {pattern[:100]!r} is not taken"
+    return ""
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value (Any), itself included."""
+    pending = [value]
+    while pending:
+        inner = pending.pop()
+        if isinstance(inner, list):
+            pending.extend(inner)
+        elif isinstance(inner, dict):
+            pending.extend(inner.values())
+            yield inner
+
+
+def _is_taken(pattern: str) -> bool:
+    try:
+        SchemaValidator(core_schema.str_schema(pattern=pattern, strict=True))
+    except SchemaError:
+        return False
+    return True
 
 
 def _size(value: Any) -> int:
