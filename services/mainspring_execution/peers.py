@@ -224,7 +224,7 @@ def _lost_call(call: dispatcher_pb2.ToolCall) -> dispatcher_pb2.ToolResult | Non
         metadata={"tool": call.tool, "call_id": call.call_id},
     )
     return dispatcher_pb2.ToolResult(
-        item_id=call.item_id, call_id=call.call_id, status=types_pb2.TOOL_STATUS_ERROR, error=error
+        item_id=call.item_id, call_id=call.call_id, status=types_pb2.TOOL_STATUS_ERROR, error=error, attempts=1
     )
 
 

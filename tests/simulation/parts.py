@@ -105,6 +105,9 @@ class Catalog:
         """Nothing."""
         return False
 
+    def tool(self, name: str, *, tenant_id: str) -> None:
+        """Nothing is said of it."""
+
     def effect_of(self, tool: str, *, tenant_id: str) -> int:
         """As the tool's name says."""
         return EFFECTS[tool.split(".")[0]]

@@ -10,6 +10,7 @@ from typing import Final
 from mainspring.v1 import dispatcher_pb2, events_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 
+from mainspring_execution.core.policy import Failure
 from mainspring_execution.core.progress import Progress
 
 INITIALIZATION: Final = "initialization"
@@ -98,16 +99,19 @@ def to_ms(seconds: float) -> float:
 
 
 def make_outcome(
-    intent: events_pb2.ToolExecuting, result: dispatcher_pb2.ToolResult, *, duration_ms: float
+    intent: events_pb2.ToolExecuting, result: dispatcher_pb2.ToolResult, *, attempt: int = 1, duration_ms: float
 ) -> events_pb2.ToolCompleted:
-    """The outcome of a call as the log keeps it; one that no event could hold becomes an error."""
+    """The outcome of a call as the log keeps it; one that no event could hold becomes an error.
+
+    `attempt`: with which the call was sent; each execution beyond the first counts as another one.
+    """
     outcome = events_pb2.ToolCompleted(
         call_id=intent.call_id,
         tool=intent.tool,
         status=result.status or types_pb2.TOOL_STATUS_ERROR,
         cached=result.cached,
         duration_ms=duration_ms,
-        attempts=max(result.attempts, 1),
+        attempts=attempt + max(result.attempts, 1) - 1,
     )
     if len(result.result) > PAYLOAD_BYTES_MAX:
         outcome.status = types_pb2.TOOL_STATUS_ERROR
@@ -117,6 +121,13 @@ def make_outcome(
     else:
         outcome.error.CopyFrom(result.error)
     return outcome
+
+
+def make_failure(failure: Failure, *, retry_time: float, step: int = 0, call_id: str = "") -> events_pb2.AttemptFailed:
+    """A failed attempt at a model step or a call as the log keeps it; `retry_time` in seconds since 1970."""
+    failed = events_pb2.AttemptFailed(step=step, call_id=call_id, attempt=failure.attempt, error=failure.error)
+    failed.retry_time.FromMicroseconds(math.ceil(retry_time * 1e6))
+    return failed
 
 
 def _result_too_large(tool: str, size_bytes: int) -> MainspringError:

@@ -20,7 +20,7 @@ ARGUMENTS_BYTES_MAX: Final = 1 << 20
 class Turn:
     """What a model step may look at; what the agent's specification says its model knows.
 
-    `thoughts`: the run's earlier model steps. `failures`: the failed attempts at this one, whoever made them.
+    `thoughts`: the run's earlier model steps. `failures`: the failed attempts at this one.
     `history`: the earlier completed runs of the session, oldest first. `tools`: those that the agent may call.
     """
 
@@ -29,7 +29,7 @@ class Turn:
     session_id: str
     run_id: str
     step: int
-    # Which attempt at this step, from 1; starts anew when another executor takes the run over.
+    # Which attempt at this step, from 1, whoever made the others.
     attempt: int
     input: bytes
     planned: Sequence[events_pb2.PlannedCall]
@@ -38,6 +38,8 @@ class Turn:
     thoughts: Sequence[events_pb2.AgentThinking] = ()
     failures: Sequence[events_pb2.AttemptFailed] = ()
     tools: Sequence[types_pb2.Tool] = ()
+    # Which of the model's fallbacks is asked; 0: the model itself.
+    fallback: int = 0
 
 
 @dataclass(frozen=True, slots=True)

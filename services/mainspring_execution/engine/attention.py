@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
@@ -91,11 +92,14 @@ class Attention:
             for future in awaited:
                 future.remove_done_callback(self.wake)
 
-    async def pause(self, seconds: float) -> None:
-        """For so many seconds, or until an interrupt."""
+    async def pause(self, seconds: float, futures: Iterable[asyncio.Future[Any]] = ()) -> None:
+        """As `wait`, for so many seconds at most; infinite: no such bound."""
+        if seconds == math.inf:
+            await self.wait(futures)
+            return
         timer = asyncio.get_running_loop().call_later(seconds, self.wake)
         try:
-            await self.wait()
+            await self.wait(futures)
         finally:
             timer.cancel()
 

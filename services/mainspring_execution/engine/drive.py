@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -26,20 +27,16 @@ from mainspring_execution.core.record import error_value
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
 from mainspring_execution.engine.catalog import PreparedAgent
+from mainspring_execution.engine.deadlines import Deadlines
 from mainspring_execution.engine.ending import Ending, internal_fault
 from mainspring_execution.engine.journal import Journal
 from mainspring_execution.engine.surroundings import Grip, Surroundings
 from mainspring_execution.engine.thinking import Thinking
 
-MODEL_ATTEMPTS_MAX: Final = 3
-MODEL_RETRY_SECONDS: Final = 0.1
 REACH_SECONDS: Final = 0.25
 MENDS_MAX: Final = 3
 FAULTS_MAX: Final = 3
 REST_SECONDS: Final = 3.0
-HISTORY_RUNS_MAX: Final = 100
-# Model steps that may follow each other without a wait; then all others have their turn.
-STEPS_AT_ONCE: Final = 4
 
 # What can only be said of an append's own value: the run ends without it.
 VALUE_REFUSALS: Final = ("EVENT_REFUSED", "PAYLOAD_TOO_LARGE", "REQUEST_INVALID")
@@ -62,6 +59,7 @@ class Drive:
         calls: Calls,
         ending: Ending,
         grip: Grip,
+        deadlines: Deadlines,
     ) -> None:
         self.attention = attention
         self._around = surroundings
@@ -73,8 +71,16 @@ class Drive:
         self._ending = ending
         self._calls = calls
         self._grip = grip
+        self._deadlines = deadlines
         self._thinking = Thinking(
-            surroundings, context, run=run, attention=attention, journal=journal, grip=grip, ending=ending
+            surroundings,
+            context,
+            run=run,
+            attention=attention,
+            journal=journal,
+            grip=grip,
+            ending=ending,
+            deadlines=deadlines,
         )
         self._mends = 0
 
@@ -218,15 +224,17 @@ class Drive:
         self._journal.flush()
         if must_be_durable:
             await self._grip.wait_durable()
-        if self.attention.is_interrupted or not await self._grip.hold_lease():
-            return
-        self._calls.post(planned)
-        while self._calls.under_way:
-            await self.attention.wait(self._calls.under_way.values())
+        self._deadlines.begin_step(plan, self._journal.progress.steps)
+        while await self._grip.hold_lease() and not self.attention.is_interrupted:
+            next_seconds = self._calls.post(plan, planned)
+            under_way = self._calls.under_way
+            if not under_way and next_seconds == math.inf:
+                return
+            await self.attention.pause(next_seconds, under_way.values())
             if self.attention.is_interrupted:
                 return
-            self._calls.take_outcomes()
-            if self._calls.under_way:
+            self._calls.take_outcomes(plan)
+            if under_way:
                 # What others wait beside is told at once; the last outcome goes with the next model step.
                 self._journal.flush()
 

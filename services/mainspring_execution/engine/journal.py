@@ -55,6 +55,11 @@ class Journal:
         self._retry: asyncio.TimerHandle | None = None
 
     @property
+    def state_id(self) -> str:
+        """Where the appends go."""
+        return self._state_id
+
+    @property
     def is_settled(self) -> bool:
         """Whether every append was answered."""
         return not self._unanswered

@@ -22,6 +22,7 @@ from mainspring_execution.core.start import check_run_id, make_create, read_inpu
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
 from mainspring_execution.engine.catalog import PreparedAgent
+from mainspring_execution.engine.deadlines import Deadlines
 from mainspring_execution.engine.drive import Drive
 from mainspring_execution.engine.ending import Ending, internal_fault
 from mainspring_execution.engine.journal import Journal
@@ -255,7 +256,10 @@ def make_drive(
         state_id=state_id,
         attention=attention,
     )
-    calls = Calls(journal, context, dispatcher=surroundings.dispatcher, catalog=surroundings.catalog)
+    deadlines = Deadlines(run)
+    calls = Calls(
+        journal, context, dispatcher=surroundings.dispatcher, catalog=surroundings.catalog, deadlines=deadlines
+    )
     ending = Ending(journal, calls, attention=attention, arrived=arrived)
     return Drive(
         surroundings,
@@ -267,6 +271,7 @@ def make_drive(
         calls=calls,
         ending=ending,
         grip=Grip(surroundings, context, attention=attention, journal=journal, lapses=lapses),
+        deadlines=deadlines,
     )
 
 

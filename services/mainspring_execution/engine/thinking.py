@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
-import grpc
 from mainspring.v1 import types_pb2
 from mainspring_kit.errors import MainspringError
 from mainspring_kit.identity import UserExecutionContext
 
-from mainspring_execution.core.record import CORE_EXECUTION, error_value
+from mainspring_execution.core.plan import AgentPlan
+from mainspring_execution.core.policy import Failure, decide_retry
+from mainspring_execution.core.record import CORE_EXECUTION, error_value, make_failure
 from mainspring_execution.core.thought import Thought, Turn, record_thought
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.catalog import PreparedAgent
+from mainspring_execution.engine.deadlines import Deadlines, step_timed_out
 from mainspring_execution.engine.ending import Ending
 from mainspring_execution.engine.journal import Journal
 from mainspring_execution.engine.surroundings import Grip, Surroundings
 
-MODEL_ATTEMPTS_MAX: Final = 3
-MODEL_RETRY_SECONDS: Final = 0.1
 HISTORY_RUNS_MAX: Final = 100
 # Model steps that may follow each other without a wait; then all others have their turn.
 STEPS_AT_ONCE: Final = 4
@@ -40,6 +42,7 @@ class Thinking:
         journal: Journal,
         grip: Grip,
         ending: Ending,
+        deadlines: Deadlines,
     ) -> None:
         self._around = surroundings
         self._context = context
@@ -48,6 +51,7 @@ class Thinking:
         self._journal = journal
         self._grip = grip
         self._ending = ending
+        self._deadlines = deadlines
         self._history: Sequence[types_pb2.Run] | None = None
 
     async def take_step(self, agent: PreparedAgent, step: int) -> None:
@@ -63,9 +67,10 @@ class Thinking:
             await asyncio.sleep(0)
         if self._journal.is_behind:
             await self._grip.wait_durable()
-        if not await self._grip.hold_lease() or self._attention.is_interrupted:
+        if not await self._wait_for_attempt():
             return
         self._ending.mark(CORE_EXECUTION)
+        self._deadlines.begin_step(agent.plan, step)
         try:
             thought = await self._think(agent, step)
             if thought is not None:
@@ -76,21 +81,69 @@ class Thinking:
             await self._ending.failed(error_value(error))
 
     async def _think(self, agent: PreparedAgent, step: int) -> Thought | None:
-        """Asks the model, again where it was unavailable; None when interrupted."""
-        for attempt in range(1, MODEL_ATTEMPTS_MAX + 1):
+        """Asks the model, again after failures that may pass; None when interrupted, or when the wait is a long one."""
+        while True:
             try:
-                return await self._attention.listen(
-                    agent.model.think(self._turn(agent, step, attempt=attempt), _keep_quiet)
-                )
+                return await self._attempt(agent, step)
             except MainspringError as error:
-                if error.code is not grpc.StatusCode.UNAVAILABLE or attempt == MODEL_ATTEMPTS_MAX:
+                if not self._is_tried_again(agent.plan, step, error_value(error)):
                     raise
-            await self._attention.pause(MODEL_RETRY_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
-            if not await self._grip.hold_lease():
-                break
-        return None
+            if not await self._wait_for_attempt():
+                return None
 
-    def _turn(self, agent: PreparedAgent, step: int, *, attempt: int) -> Turn:
+    async def _wait_for_attempt(self) -> bool:
+        """Until the next attempt may be made; False: the run is interrupted."""
+        due_time = self._journal.progress.retry_times.get("", 0.0)
+        while (seconds := due_time - time.time()) > 0 and not self._attention.is_interrupted:
+            await self._attention.pause(seconds)
+        return await self._grip.hold_lease() and not self._attention.is_interrupted
+
+    async def _attempt(self, agent: PreparedAgent, step: int) -> Thought | None:
+        """One attempt, within the step's time and the model's own; None when interrupted."""
+        thinking = self._attention.listen(agent.model.think(self._turn(agent, step), self._writer(step)))
+        seconds = self._deadlines.bound_model(agent.plan)
+        if seconds == math.inf:
+            return await thinking
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                return await thinking
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        raise step_timed_out(agent.plan, self._deadlines, step=step)
+
+    def _is_tried_again(self, plan: AgentPlan, step: int, error: types_pb2.RunError) -> bool:
+        """Whether there is another attempt; if so, the failed one is in the log before it is waited for the next."""
+        progress = self._journal.progress
+        failure = Failure(error, attempt=len(progress.failures) + 1)
+        retry_time = decide_retry(
+            plan.errors,
+            failure,
+            retries_left=plan.retries_max - progress.retries,
+            chance=random.random(),
+            now=time.time(),
+            deadline=self._deadlines.nearest,
+        )
+        if retry_time is None:
+            return False
+        self._journal.record(attempt_failed=make_failure(failure, retry_time=retry_time, step=step), safe_to_skip=True)
+        self._journal.flush()
+        return True
+
+    def _writer(self, step: int) -> Callable[[str], None]:
+        """Takes the text of one attempt; costs nothing until there is some."""
+        write: Callable[[str], None] | None = None
+
+        def emit(text: str) -> None:
+            nonlocal write
+            write = write or self._around.deltas.writer(
+                self._context, self._run.run_id, step, state_id=self._journal.state_id
+            )
+            write(text)
+
+        return emit
+
+    def _turn(self, agent: PreparedAgent, step: int) -> Turn:
         progress = self._journal.progress
         return Turn(
             tenant_id=self._context.tenant_id,
@@ -98,19 +151,16 @@ class Thinking:
             session_id=self._context.session_id,
             run_id=self._run.run_id,
             step=step,
-            attempt=attempt,
+            attempt=len(progress.failures) + 1,
             input=progress.input,
             planned=progress.planned,
             outcomes=progress.outcomes,
             history=self._history or (),
             thoughts=progress.thoughts,
+            failures=progress.failures,
         )
 
     async def _list_history(self) -> list[types_pb2.Run]:
         return await self._around.state.list_history(
             self._context, before_ordinal=self._run.ordinal, runs_max=HISTORY_RUNS_MAX
         )
-
-
-def _keep_quiet(_: str) -> None:
-    """Until deltas are published."""
