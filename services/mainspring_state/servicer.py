@@ -11,6 +11,7 @@ from mainspring_kit.identity import current_context, current_principal, new_id
 from mainspring_kit.interceptors import ServicerContext
 
 from mainspring_state.core import pages
+from mainspring_state.core.inputs import is_expiry, read_input
 from mainspring_state.core.privacy import public
 from mainspring_state.engine.root import Engine
 from mainspring_state.store.reads import FIRST_SESSIONS, RunFilter, SessionMark
@@ -39,7 +40,12 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
     async def PutInput(
         self, request: state_pb2.PutInputRequest, context: ServicerContext
     ) -> state_pb2.PutInputResponse:
-        stored = await self._engine.executors.put_input(current_context(), request)
+        user = current_context()
+        run_input = read_input(
+            request, request_id=request.request_id or user.request_id or new_id(), user_id=user.user_id
+        )
+        is_holder = is_expiry(run_input, is_service=current_principal().is_service)
+        stored = await self._engine.executors.put_input(user, run_input, is_holder=is_holder)
         return state_pb2.PutInputResponse(input=stored)
 
     async def ClaimRuns(

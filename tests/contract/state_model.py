@@ -10,8 +10,9 @@ from typing import Any, Final, cast
 import asyncpg
 from mainspring.v1 import events_pb2, state_pb2
 from mainspring_kit.errors import MainspringError
-from mainspring_state.core.append import Entry, check, refusal, stale, stamp
+from mainspring_state.core.append import Entry, check, stamp
 from mainspring_state.core.backlog import Backlog
+from mainspring_state.core.refusals import refusal, stale
 from mainspring_state.store.log import Batch, Outcome
 
 from tests.simulation.leasing import Schema
@@ -20,22 +21,31 @@ from tests.simulation.leasing import Schema
 Rows = list[tuple[Any, ...]]
 QUERIES: Final = {
     "runs": """SELECT run_id::text, append_id::text, ordinal, last_seq, epoch, takeovers, stalled, state, user_id,
-        session_id, start_time IS NULL, end_time IS NULL, error IS NULL, result FROM state.runs WHERE tenant_id = $1""",
+        session_id, parent_run_id::text, root_run_id::text, parent_call_id, depth, attempt, priority,
+        source_run_id::text, start_time IS NULL, end_time IS NULL, error IS NULL, result
+        FROM state.runs WHERE tenant_id = $1""",
     "events": "SELECT run_id::text, seq, append_id::text, user_id, type, event FROM state.events WHERE tenant_id = $1",
     "sessions": """SELECT user_id, session_id, policy, run_count, head_run_id::text, last_run_id::text, waiting
         FROM state.sessions WHERE tenant_id = $1""",
     "queued": "SELECT user_id, session_id, ordinal, run_id::text FROM state.queued WHERE tenant_id = $1",
     "ready": "SELECT run_id::text FROM state.ready WHERE tenant_id = $1",
-    "leases": "SELECT run_id::text, executor_id, claim_seq FROM state.leases WHERE tenant_id = $1",
-    "inputs": """SELECT run_id::text, request_id, requested_by, consumed_seq, user_id, payload
+    "leases": "SELECT run_id::text, executor_id, claim_seq, handed_back FROM state.leases WHERE tenant_id = $1",
+    "inputs": """SELECT run_id::text, request_id, requested_by, consumed_seq, user_id, kind, payload
         FROM state.inputs WHERE tenant_id = $1""",
+    "approvals": """SELECT run_id::text, seq, kind, role, expires_time, call_id, decision, answered_by, data
+        FROM state.approvals WHERE tenant_id = $1""",
+    "metrics": """SELECT run_id::text, state, model_calls, tool_calls, tool_errors, cache_hits, retries, waiting_ms
+        FROM state.run_metrics WHERE tenant_id = $1""",
+    "webhooks": "SELECT run_id::text, url, credential FROM state.webhooks WHERE tenant_id = $1",
     "keys": """SELECT user_id, idempotency_key, run_id::text, request_hash
         FROM state.idempotency_keys WHERE tenant_id = $1""",
 }
 
 RUN_COLUMNS: Final = (
     "run_id", "append_id", "ordinal", "last_seq", "epoch", "takeovers", "stalled", "state", "user_id", "session_id",
+    "parent_run_id", "root_run_id", "parent_call_id", "depth", "attempt", "priority", "source_run_id",
 )  # fmt: skip
+APPROVAL_COLUMNS: Final = ("kind", "role", "expires_time", "call_id", "decision", "answered_by", "data")
 RUN_UNSET: Final = ("start_time", "end_time", "error")
 
 
@@ -106,12 +116,27 @@ class ModelState:
                 (*key[1:], ordinal, run_id) for key, line in schema.queued.items() for ordinal, run_id in line.items()
             ],
             "ready": [(key[1],) for key in schema.ready],
-            "leases": [(key[1], row["executor_id"], row["claim_seq"]) for key, row in schema.leases.items()],
-            "inputs": [
-                (key[1], row["request_id"], row["requested_by"], row["consumed_seq"], row["user_id"], row["payload"])
-                for key, inputs in schema.inputs.items()
-                for row in ({**row, "user_id": schema.runs[key]["user_id"]} for row in inputs.values())
+            "leases": [
+                (key[1], row["executor_id"], row["claim_seq"], row["handed_back"]) for key, row in schema.leases.items()
             ],
+            "inputs": [
+                (
+                    key[1],
+                    *(row[name] for name in ("request_id", "requested_by", "consumed_seq")),
+                    schema.runs[key]["user_id"],
+                    row["kind"],
+                    row["payload"],
+                )
+                for key, inputs in schema.inputs.items()
+                for row in inputs.values()
+            ],
+            "approvals": [
+                (key[1], seq, *(row[name] for name in APPROVAL_COLUMNS))
+                for key, rows in schema.approvals.items()
+                for seq, row in rows.items()
+            ],
+            "metrics": [(key[1], *row.values()) for key, row in schema.metrics.items()],
+            "webhooks": [(key[1], *row) for key, row in schema.webhooks.items()],
             "keys": [(*key[1:], *row) for key, row in schema.keys.items()],
         }
 

@@ -19,7 +19,7 @@ from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit import postgres
 from mainspring_kit.errors import from_rpc_error
 from mainspring_kit.identity import UserExecutionContext
-from mainspring_state.store.leases import Leases
+from mainspring_state.store.leases import UNCONSUMED_MAX, Leases
 
 from test_framework.grpc_testing import stub_class
 from test_framework.identities import Identities, make_context, unique
@@ -50,6 +50,7 @@ LEASE_SECONDS = 600.0
 EXECUTORS = (0, 1)
 CANCEL = state_pb2.RunInput(cancel=state_pb2.CancelInput()).SerializeToString()
 EARLY = datetime(1970, 1, 1, tzinfo=UTC)
+REASONS = {"": "", "ended": "RUN_ENDED", "reused": "IDEMPOTENCY_KEY_REUSED", "illegal": "TRANSITION_ILLEGAL"}
 KINDS = ("started", "thinking", "executing", "recovered", "completed", "failed", "cancelled")
 ENDS = frozenset({"agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"})
 
@@ -288,9 +289,10 @@ class StateMachine(RuleBasedStateMachine):
         owner = self._log[append.run_id]
         user = next(user for user in self._users if (user is owner) != is_foreign)
         stored = self._model.schema.put_input(
-            self._tenant_id, user.user_id, append.run_id, request_id, user.user_id, CANCEL
-        )
-        expected = "RUN_NOT_FOUND" if stored is None else "RUN_ENDED" if stored["payload"] is None else ""
+            self._tenant_id, user.user_id, append.run_id, request_id, user.user_id, "cancel", CANCEL,
+            UNCONSUMED_MAX, 0, 0, b"", [], False,
+        )  # fmt: skip
+        expected = "RUN_NOT_FOUND" if stored is None else REASONS[stored["reason"]]
         assert self.run(self._session.put_input(user, append.run_id, request_id)) == expected
 
     @rule(executor=st.sampled_from(EXECUTORS))

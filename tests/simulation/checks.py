@@ -11,9 +11,9 @@ from google.rpc import code_pb2
 from mainspring.v1 import dispatcher_pb2, events_pb2, state_pb2, types_pb2
 from mainspring_gateway.core.events import EncodedEvent, encode
 
+from tests.simulation.asking import Key, Row
 from tests.simulation.leasing import Schema
 from tests.simulation.loop import Process
-from tests.simulation.tables import Key, Row
 
 TERMINAL: Final = frozenset({"agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"})
 EFFECTS: Final = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Final
 
-from tests.simulation.tables import FIRST_ENDED, PARALLEL, PEER_SECONDS, QUEUED, RUNNING, Key, Row, Tables, moment_of
+from tests.simulation.asking import FIRST_ENDED, QUEUED, RUNNING, Key, Row, moment_of
+from tests.simulation.tables import PARALLEL, PEER_SECONDS, Tables
 
 FORGET_SECONDS: Final = 1.0
 
@@ -41,7 +42,7 @@ class Schema(Tables):
         self, executor_id: str, credit: int, connected: datetime, state_id: str, full_lease_seconds: float,
         stalled_max: int, page_max: int,
     ) -> list[Row]:  # fmt: skip
-        """`state.claim`."""
+        """`state.claim_runs`."""
         now, since = self.now(), connected.timestamp()
         silent = self.silent(since)
         known = {name for name, _ in self.executors}
@@ -80,11 +81,14 @@ class Schema(Tables):
         return lease["claim_seq"] is not None and not is_served and self.runs[key]["last_seq"] == lease["claim_seq"]
 
     def _take_run(self, key: Key, executor_id: str, state_id: str, stalled_max: int | None) -> Row | None:
-        run = self.runs[key]
+        run, former = self.runs[key], self.leases.get(key)
         self.ready.pop(key, None)
         if run["state"] >= FIRST_ENDED:
             self.leases.pop(key, None)
             return None
+        handed_back = run["state"] == RUNNING and run["last_seq"] > 0
+        if former is not None:
+            handed_back = former["handed_back"] and stalled_max is None
         if run["state"] == QUEUED:
             session = self.sessions[key[0], run["user_id"], run["session_id"]]
             if session["policy"] == PARALLEL or session["head_run_id"] == key[1]:
@@ -96,8 +100,8 @@ class Schema(Tables):
         run["takeovers"] += takes_over
         run["stalled"] += takes_over
         self._lease(key, run["epoch"], executor_id)
-        self.leases[key] |= {"claim_seq": run["last_seq"], "claim_state_id": state_id}
-        return dict(run)
+        self.leases[key] |= {"claim_seq": run["last_seq"], "claim_state_id": state_id, "handed_back": handed_back}
+        return run | {"handed_back": handed_back}
 
     def _forget_executors(self, full_lease_seconds: float, silent: set[str]) -> None:
         holders = {lease["executor_id"] for lease in self.leases.values()}

@@ -7,22 +7,14 @@ on sets; a rule that a test wants to break is a method of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-# Any: a row is what its table's columns are.
-Row = dict[str, Any]
-Key = tuple[str, str]
+from tests.simulation.asking import FIRST_ENDED, QUEUED, RUNNING, Asking, Key, Row, moment_of
+from tests.simulation.batch import Batch
 
-QUEUED, RUNNING, FIRST_ENDED = 1, 2, 5
 ENQUEUE, REJECT, INTERRUPT, PARALLEL = 1, 2, 3, 4
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 PEER_SECONDS: Final = 5.0
-
-
-def moment_of(seconds: float) -> datetime:
-    """Seconds since 1970 as the database gives them."""
-    return EPOCH + timedelta(microseconds=int(seconds * 1e6))
+_TOLD: Final = ("holders", "tenants", "users", "runs", "requests", "payloads")
 
 
 def varint(value: int) -> bytes:
@@ -40,38 +32,79 @@ def ordinal_field(ordinal: int) -> bytes:
     return b"\xa2\x01" + varint(len(field)) + field
 
 
-class Tables:
+def sub_run_ended(sub_run_id: str, call_id: str, state: int) -> bytes:
+    """`state.sub_run_ended`."""
+    call = call_id.encode()
+    fields = b"\x0a\x24" + sub_run_id.encode() + b"\x12" + varint(len(call)) + call + b"\x18" + varint(state)
+    return b"\x7a" + varint(len(fields)) + fields
+
+
+class Tables(Asking):
     """The schema `state`. `now`: the database's clock in seconds; `on_commit` sees each run's new events."""
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self.now = now
+        super().__init__(now)
         self.on_commit: Callable[[Key, list[Row], int], None] = lambda key, events, epoch: None
         self.on_grant: Callable[[Key, int, str], None] = lambda key, epoch, executor_id: None
-        self.runs: dict[Key, Row] = {}
         self.events: dict[Key, list[Row]] = {}
         self.sessions: dict[tuple[str, str, str], Row] = {}
         self.queued: dict[tuple[str, str, str], dict[int, str]] = {}
-        self.ready: dict[Key, float] = {}
-        self.leases: dict[Key, Row] = {}
-        self.inputs: dict[Key, dict[str, Row]] = {}
         self.keys: dict[tuple[str, str, str], tuple[str, bytes]] = {}
         self.executors: dict[tuple[str, str], list[float]] = {}
         self.processes: dict[str, float] = {}
+        self.metrics: dict[Key, Row] = {}
+        self.webhooks: dict[Key, tuple[str, str]] = {}
 
     def append(self, *arguments: Any) -> Row:
-        """`state.append`."""
-        batch = _Batch(arguments)
-        row: Row = {name: [] for name in ("made", "made_running", "made_ordinals", "hit", "hit_users", "hit_ordinals")}
+        """`state.append_batch`."""
+        batch = Batch(arguments)
+        row: Row = {name: [] for name in ("made", "made_running", "made_ordinals")}
+        row |= {f"hit{part}": [] for part in ("", "_users", "_ordinals", "_states")}
         row |= {f"missed{part}": [] for part in ("", "_reasons", "_runs", "_states", "_seqs", "_ordinals")}
+        row |= {f"told_{part}": [] for part in _TOLD}
         row["became_ready"] = False
         moved: list[tuple[str, str, str]] = []
         for i in range(batch.create_count):
             self._create(batch, i, row)
         for i in range(batch.create_count, len(batch.runs)):
             self._advance(batch, i, row=row, moved=moved)
+        self._follow_up(batch, row)
         for session_key in moved:
             self._move_line(session_key, row)
         return row
+
+    def _follow_up(self, batch: Batch, row: Row) -> None:
+        """What a set of appends does behind all of them."""
+        hit = [(i, (batch.tenants[i - 1], batch.runs[i - 1])) for i in row["hit"]]
+        for i, key in hit:
+            for k in _places(batch.ask_items, i):
+                self.approvals.setdefault(key, {})[batch.ask_seqs[k]] = batch.asked(k)
+            for k in _places(batch.resolve_items, i):
+                approval = self.approvals.get(key, {}).get(batch.resolve_seqs[k])
+                if approval is not None and not approval["decision"]:
+                    approval |= batch.resolved(k)
+        for _, key in hit:
+            if self.runs[key]["state"] >= FIRST_ENDED:
+                self._tell_parent(self.runs[key], row)
+        for i, key in hit:
+            for k in _places(batch.release_items, i):
+                row["became_ready"] |= self.release(key, batch.release_dues[k])
+
+    def _tell_parent(self, run: Row, row: Row) -> None:
+        key = (run["tenant_id"], run["parent_run_id"] or "")
+        parent = self.runs.get(key)
+        if parent is None or parent["state"] >= FIRST_ENDED:
+            return
+        payload = sub_run_ended(run["run_id"], run["parent_call_id"], run["state"])
+        user_id = parent["user_id"]
+        if self.ask(key, request_id=run["run_id"], requested_by=user_id, kind="sub_run_ended", payload=payload) is None:
+            return
+        holder = self.tell_or_wake(key, "sub_run_ended")
+        if holder is None:
+            row["became_ready"] |= self.wakes(parent["state"], "sub_run_ended")
+            return
+        for part, value in zip(_TOLD, (holder, key[0], user_id, key[1], run["run_id"], payload), strict=True):
+            row[f"told_{part}"].append(value)
 
     def fits(self, run: Row, *, seq: int, epoch: int) -> bool:
         """Whether an append continues the log as its holder."""
@@ -94,7 +127,7 @@ class Tables:
         events = self.events.get(key, [])
         return len(events) > seq and bool(events[seq]["append_id"] == append_id)
 
-    def _create(self, batch: _Batch, i: int, row: Row) -> None:
+    def _create(self, batch: Batch, i: int, row: Row) -> None:
         tenant_id, run_id = key = (batch.tenants[i], batch.runs[i])
         user_id, session_id, policy = batch.users[i], batch.session_ids[i], batch.policies[i]
         found = self.runs.get(key)
@@ -108,6 +141,9 @@ class Tables:
         if known is not None:
             reason = "key_repeated" if known[1] == batch.hashes[i] else "key_reused"
             _miss(row, i, reason, run=self.runs[tenant_id, known[0]])
+            return
+        if i >= batch.root_count:
+            self._create_sub_run(batch, i, row)
             return
         session_key = (tenant_id, user_id, session_id)
         session = self.sessions.get(session_key)
@@ -138,9 +174,28 @@ class Tables:
             self.ready[key] = batch.deadlines[i].timestamp()
         if session["policy"] == INTERRUPT:
             head = (tenant_id, session["head_run_id"])
-            self._ask(head, request_id=run_id, requested_by=user_id, payload=batch.interrupt_payload)
-            self._make_ready(head)
+            self.ask(head, request_id=run_id, requested_by=user_id, kind="cancel", payload=batch.interrupt_payload)
+            self.make_ready(head)
             row["became_ready"] = True
+
+    def _create_sub_run(self, batch: Batch, i: int, row: Row) -> None:
+        key, k = (batch.tenants[i], batch.runs[i]), i - batch.root_count
+        parent = self.runs.get((key[0], batch.parents[k]))
+        if parent is None or parent["user_id"] != batch.users[i] or parent["state"] >= FIRST_ENDED:
+            is_known = parent is not None and parent["user_id"] == batch.users[i]
+            state = parent["state"] if parent is not None and is_known else 0
+            _miss(row, i, "ended" if is_known else "unknown", run={"run_id": batch.parents[k], "state": state})
+            return
+        self.runs[key] = self._make_run(batch, i, ordinal=0, is_running=True) | {
+            "parent_run_id": batch.parents[k],
+            "root_run_id": batch.roots[k],
+            "parent_call_id": batch.parent_calls[k],
+            "depth": batch.depths[k],
+        }
+        for name, value in (("made", i + 1), ("made_running", True), ("made_ordinals", 0)):
+            row[name].append(value)
+        self._lease(key, 1, batch.executors[i])
+        self._log(batch, i, user_id=batch.users[i], ordinal=0)
 
     def make_session(self, key: tuple[str, str, str], policy: int) -> Row:
         """A new row of `sessions`."""
@@ -159,9 +214,10 @@ class Tables:
             "update_time": moment,
         }
 
-    def _make_run(self, batch: _Batch, i: int, *, ordinal: int, is_running: bool) -> Row:
+    def _make_run(self, batch: Batch, i: int, *, ordinal: int, is_running: bool) -> Row:
         moment = moment_of(self.now())
-        empty = dict.fromkeys(("end_time", "released_time", "result", "error", "stages", "usage"))
+        names = ("end_time", "released_time", "result", "error", "stages", "usage")
+        empty = dict.fromkeys((*names, "parent_run_id", "root_run_id", "parent_call_id"))
         return empty | {
             "run_id": batch.runs[i],
             "tenant_id": batch.tenants[i],
@@ -181,9 +237,14 @@ class Tables:
             "agent_version": batch.versions[i],
             "trace_id": batch.traces[i],
             "input": batch.run_inputs[i],
+            "depth": 0,
+            "source_run_id": batch.sources[i] if batch.sources else None,
+            "attempt": (batch.attempts[i] if batch.attempts else None) or 1,
+            "priority": (batch.priorities[i] if batch.priorities else None) or 0,
+            "webhook": (batch.hook_urls[i], batch.hook_credentials[i]) if batch.hook_urls else (None, None),
         }
 
-    def _advance(self, batch: _Batch, i: int, *, row: Row, moved: list[tuple[str, str, str]]) -> None:
+    def _advance(self, batch: Batch, i: int, *, row: Row, moved: list[tuple[str, str, str]]) -> None:
         key = (batch.tenants[i], batch.runs[i])
         run, seq, epoch = self.runs.get(key), batch.expected_seqs[i], batch.epochs[i]
         if run is None:
@@ -202,9 +263,9 @@ class Tables:
         was_started = run["start_time"] is not None
         moment = moment_of(self.now())
         run["last_seq"] += batch.event_lasts[i] - batch.event_firsts[i] + 1
-        run["state"] = batch.to_states[i]
+        run["state"] = batch.to_states[i] or run["state"]
         run["stalled"] = 0 if batch.progresses[i] else run["stalled"]
-        if seq == 0 and not is_end:
+        if seq == 0 and not is_end and run["last_seq"] > 0:
             run["start_time"] = moment
         self._log(batch, i, user_id=run["user_id"], ordinal=run["ordinal"])
         for consumed, request_id in zip(batch.consumed_items, batch.consumed_requests, strict=True):
@@ -214,17 +275,23 @@ class Tables:
         row["hit"].append(i + 1)
         row["hit_users"].append(run["user_id"])
         row["hit_ordinals"].append(run["ordinal"])
+        row["hit_states"].append(run["state"])
         if is_end:
             ending = i + 1 - batch.end_first
             run["end_time"] = run["released_time"] = moment
             run["result"], run["error"] = batch.results[ending], batch.errors[ending]
             run["stages"], run["usage"] = batch.all_stages[ending], batch.usages[ending]
             self.leases.pop(key, None)
+            self.metrics[key] = {"state": run["state"]} | {name: row[ending] for name, row in batch.counted()}
+            if run["webhook"][0] is not None:
+                self.webhooks[key] = run["webhook"]
             self._leave_line(run, moved=moved, was_started=was_started)
 
     def _leave_line(self, run: Row, *, moved: list[tuple[str, str, str]], was_started: bool) -> None:
         session_key = (run["tenant_id"], run["user_id"], run["session_id"])
-        session = self.sessions[session_key]
+        session = self.sessions.get(session_key)
+        if session is None:
+            return
         if not was_started:
             session["waiting"] -= self.queued.get(session_key, {}).pop(run["ordinal"], "") != ""
             self.ready.pop((run["tenant_id"], run["run_id"]), None)
@@ -240,10 +307,10 @@ class Tables:
             session = self.sessions[session_key]
             session["head_run_id"] = run_id
             session["waiting"] -= 1
-            self._make_ready((session_key[0], run_id))
+            self.make_ready((session_key[0], run_id))
             row["became_ready"] = True
 
-    def _log(self, batch: _Batch, i: int, *, user_id: str, ordinal: int) -> None:
+    def _log(self, batch: Batch, i: int, *, user_id: str, ordinal: int) -> None:
         key = (batch.tenants[i], batch.runs[i])
         made = []
         for offset, k in enumerate(range(batch.event_firsts[i] - 1, batch.event_lasts[i])):
@@ -261,68 +328,10 @@ class Tables:
         self.on_commit(key, made, batch.epochs[i])
 
     def _lease(self, key: Key, epoch: int, executor_id: str) -> None:
-        lease = {"executor_id": executor_id, "claim_seq": None, "claim_state_id": None, "create_time": self.now()}
+        lease = dict.fromkeys(("claim_seq", "claim_state_id")) | {"handed_back": False}
+        lease |= {"executor_id": executor_id, "create_time": self.now()}
         self.leases[key] = lease
         self.on_grant(key, epoch, executor_id)
-
-    def _make_ready(self, key: Key) -> None:
-        self.ready[key] = min(self.ready.get(key, self.now()), self.now())
-
-    def _ask(self, key: Key, *, request_id: str, requested_by: str, payload: bytes) -> Row | None:
-        """A new input, None if the request made it before."""
-        inputs = self.inputs.setdefault(key, {})
-        if request_id in inputs:
-            return None
-        inputs[request_id] = {
-            "tenant_id": key[0],
-            "run_id": key[1],
-            "request_id": request_id,
-            "requested_by": requested_by,
-            "payload": payload,
-            "create_time": moment_of(self.now()),
-            "consumed_seq": None,
-        }
-        return inputs[request_id]
-
-    def put_input(
-        self, tenant_id: str, user_id: str, run_id: str, request_id: str, requested_by: str, payload: bytes
-    ) -> Row | None:
-        """`state.put_input`."""
-        key = (tenant_id, run_id)
-        run = self.runs.get(key)
-        if run is None or run["user_id"] != user_id:
-            return None
-        stored = self.inputs.get(key, {}).get(request_id)
-        holder = None
-        if stored is None and run["state"] < FIRST_ENDED:
-            stored = self._ask(key, request_id=request_id, requested_by=requested_by, payload=payload)
-            lease = self.leases.get(key)
-            if lease is None:
-                self._make_ready(key)
-            else:
-                holder = lease["executor_id"]
-        return {"state": run["state"], "holder": holder, **(stored or {"payload": None})}
-
-    def inputs_of(self, tenants: Sequence[str], run_ids: Sequence[str]) -> list[Row]:
-        """`state.inputs_of`."""
-        return [
-            row
-            for key in zip(tenants, run_ids, strict=True)
-            for row in self.inputs.get(key, {}).values()
-            if row["consumed_seq"] is None
-        ]
-
-    def inputs_for(self, executor_ids: Sequence[str], item_max: int) -> list[Row]:
-        """`state.inputs_for`."""
-        found = []
-        for key, inputs in self.inputs.items():
-            lease = self.leases.get(key)
-            if lease is None or lease["executor_id"] not in executor_ids:
-                continue
-            found += [
-                row | {"executor_id": lease["executor_id"]} for row in inputs.values() if row["consumed_seq"] is None
-            ]
-        return found[:item_max]
 
     def last_seqs(self, tenants: Sequence[str], run_ids: Sequence[str]) -> list[Row]:
         """`state.last_seqs`."""
@@ -340,19 +349,8 @@ class Tables:
         return page
 
 
-class _Batch:
-    """The arguments of `state.append` by name."""
-
-    def __init__(self, arguments: Sequence[Any]) -> None:
-        (
-            self.tenants, self.runs, self.append_ids, self.expected_seqs, self.epochs,
-            self.from_states, self.to_states, self.progresses,
-            self.event_firsts, self.event_lasts, self.types, self.events, self.event_time,
-            self.create_count, self.users, self.session_ids, self.policies, self.agents, self.versions,
-            self.run_inputs, self.keys, self.hashes, self.executors, self.deadlines, self.traces,
-            self.end_first, self.results, self.errors, self.all_stages, self.usages,
-            self.consumed_items, self.consumed_requests, self.interrupt_payload,
-        ) = arguments  # fmt: skip
+def _places(items: Sequence[int], i: int) -> list[int]:
+    return [k for k, item in enumerate(items) if item == i]
 
 
 def _miss(row: Row, i: int, reason: str, *, run: Row) -> None:

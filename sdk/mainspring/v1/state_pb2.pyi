@@ -774,8 +774,11 @@ class ClaimedRun(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     TAKEOVERS_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
+    HANDED_BACK_FIELD_NUMBER: _builtins.int
     takeovers: _builtins.int
     """How often it was taken over in mid-run; 0: it comes from the queue."""
+    handed_back: _builtins.bool
+    """It is RUNNING with a log, and its former holder let it go in order: nobody died."""
     @_builtins.property
     def run(self) -> _types_pb2.Run:
         """The run with its new epoch. One whose turn has come is RUNNING with last_seq 0; one that is still
@@ -785,7 +788,7 @@ class ClaimedRun(_message.Message):
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunInput]:
-        """Inputs not yet consumed."""
+        """Inputs not yet consumed, in the order in which they came."""
 
     def __init__(
         self,
@@ -793,10 +796,11 @@ class ClaimedRun(_message.Message):
         run: _types_pb2.Run | None = ...,
         takeovers: _builtins.int = ...,
         inputs: _abc.Iterable[Global___RunInput] | None = ...,
+        handed_back: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "run", b"run", "takeovers", b"takeovers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handed_back", b"handed_back", "inputs", b"inputs", "run", b"run", "takeovers", b"takeovers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

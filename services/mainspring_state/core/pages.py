@@ -9,7 +9,7 @@ from typing import Final
 from mainspring.v1 import types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 
-from mainspring_state.core.append import is_uuid
+from mainspring_state.core.creation import is_uuid
 
 # Up to the year 9999.
 _MICROSECONDS_MAX: Final = 253_402_300_799 * 1_000_000

@@ -16,8 +16,9 @@ from mainspring_kit import postgres, telemetry
 from mainspring_kit.errors import MainspringError, to_status
 from prometheus_client import Counter, Histogram
 
-from mainspring_state.core.append import Entry, check, refusal, refused_value, stale, stamp, unsettled
+from mainspring_state.core.append import Entry, check, stamp
 from mainspring_state.core.backlog import Backlog, halves
+from mainspring_state.core.refusals import refusal, refused_value, stale, unsettled
 from mainspring_state.engine.hub import Creator, Hub
 from mainspring_state.store.log import (
     LOCK_SECONDS_MAX,
@@ -65,10 +66,11 @@ class Committer:
         is_heard: Callable[[], bool],
         publish: Callable[[list[state_pb2.Delivery]], None],
         on_ready: Callable[[], None],
+        on_input: Callable[[str, state_pb2.RunInput], None],
     ) -> None:
         """`now` tells the database's time in seconds, `is_heard` whether other state processes listen.
 
-        `publish` and `on_ready` never wait.
+        `publish`, `on_ready` and `on_input`, which takes the holder of the run that is asked, never wait.
         """
         self._database_url = database_url
         self._hub = hub
@@ -77,6 +79,7 @@ class Committer:
         self._is_heard = is_heard
         self._publish = publish
         self._on_ready = on_ready
+        self._on_input = on_input
         self._under_way: list[list[Waiting]] = []
         self._arrived = asyncio.Event()
         self.is_connected = False
@@ -124,7 +127,7 @@ class Committer:
             waitings = self._under_way[-1]
             batch = Batch([waiting.entry for waiting in waitings])
             try:
-                outcomes, became_ready = await writer.commit(batch)
+                committed = await writer.commit(batch)
             except (TimeoutError, asyncpg.QueryCanceledError):
                 # One of them may take as long whenever it comes: the halves go on alone, over a new connection.
                 self._divide(unsettled)
@@ -150,8 +153,10 @@ class Committer:
             conflicts = 0
             self._under_way.pop()
             BATCH_APPENDS.observe(len(waitings))
-            self._finish(waitings, outcomes)
-            if became_ready:
+            self._finish(waitings, committed.outcomes)
+            for holder, run_input in committed.told:
+                self._on_input(holder, run_input)
+            if committed.became_ready:
                 self._on_ready()
 
     async def _take(self) -> list[Waiting]:
@@ -219,7 +224,7 @@ class Committer:
             creator.join(key, outcome.user_id)
         if not outcome.events:
             return None
-        if entry.types[0] == "agent_started":
+        if "agent_started" in entry.types:
             append.events[0].agent_started.ordinal = outcome.ordinal
         delivery = self._hub.take_in(key, outcome.user_id, events=append.events, encoded=outcome.events)
         if not self._is_heard():

@@ -17,12 +17,13 @@ from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import UserExecutionContext, new_id
 from mainspring_kit.streams import Outbox, call_tasks
 
-from mainspring_state.core.append import ENDED_STATES, state_name
+from mainspring_state.core.append import ENDED_STATES
+from mainspring_state.core.inputs import refused_answer, refused_input
 from mainspring_state.core.poison import open_calls, poisoned
 from mainspring_state.engine.committer import Answer
 from mainspring_state.engine.presence import Presence
 from mainspring_state.engine.talk import Talk
-from mainspring_state.store.leases import CLAIM_PAGE_MAX, Claim, Leases
+from mainspring_state.store.leases import CLAIM_PAGE_MAX, UNCONSUMED_MAX, Claim, Leases, StoredInput
 
 INPUT_SECONDS: Final = 1.0
 TIDY_SECONDS: Final = 30.0
@@ -114,33 +115,29 @@ class Executors:
         for claimer in self._claimers:
             claimer.outbox.close()
 
-    async def put_input(self, user: UserExecutionContext, request: state_pb2.PutInputRequest) -> state_pb2.RunInput:
-        """Stores what is asked of a run and tells its holder, or lets somebody claim the run. RUN_ENDED."""
-        run_input = state_pb2.RunInput(
-            run_id=request.run_id.lower(),
-            request_id=request.request_id or user.request_id or new_id(),
-            requested_by=user.user_id,
-            cancel=request.cancel,
-        )
-        stored = await self._leases.put_input(user, run_input)
-        if stored is None:
-            raise run_not_found(request.run_id)
-        if stored.input is None:
-            state = state_name(stored.state)
-            raise MainspringError(
-                Reason.RUN_ENDED,
-                f"Run {request.run_id} has ended as {state}: there is nothing to ask of it.",
-                run_id=request.run_id,
-                state=state,
-            )
-        if stored.holder in self._heartbeats:
-            self.hear_input(stored.holder, stored.input)
-        elif stored.holder:
-            self._talk.publish_input(stored.holder, stored.input)
+    async def put_input(
+        self, user: UserExecutionContext, run_input: state_pb2.RunInput, *, is_holder: bool
+    ) -> state_pb2.RunInput:
+        """Stores what is asked of a run and tells its holder, or lets somebody claim the run.
+
+        `is_holder`: an expiry of an approval, which only the run's holder says.
+        """
+        stored = await self._leases.put_input(user, run_input, is_holder=is_holder)
+        if stored is None or stored.reason:
+            raise _refusal(run_input, stored)
+        if stored.holder:
+            self.tell(stored.holder, stored.input)
         elif stored.state not in ENDED_STATES:
             self.kick()
             self._talk.publish_ready()
         return stored.input
+
+    def tell(self, holder: str, run_input: state_pb2.RunInput) -> None:
+        """Tells a run's holder, wherever it beats, of an input."""
+        if holder in self._heartbeats:
+            self.hear_input(holder, run_input)
+        else:
+            self._talk.publish_input(holder, run_input)
 
     async def heartbeat(
         self, requests: AsyncIterator[state_pb2.HeartbeatRequest]
@@ -270,9 +267,9 @@ class Executors:
     async def _hand_over(self, claimer: _Claimer, claims: list[Claim]) -> None:
         if not claims:
             return
-        inputs: dict[str, list[state_pb2.RunInput]] = {}
+        inputs: dict[tuple[str, str], list[state_pb2.RunInput]] = {}
         for run_input in await self._leases.inputs_of([claim.run for claim in claims]):
-            inputs.setdefault(run_input.run_id, []).append(run_input)
+            inputs.setdefault((run_input.tenant_id, run_input.run_id), []).append(run_input)
         if claimer not in self._claimers:
             # Its stream broke while it was claimed for.
             self._doubtful.add(claimer.executor_id)
@@ -281,7 +278,12 @@ class Executors:
                 "run_claimed", run_id=claim.run.run_id, executor_id=claimer.executor_id, takeovers=claim.takeovers
             )
             claimer.outbox.put(
-                state_pb2.ClaimedRun(run=claim.run, takeovers=claim.takeovers, inputs=inputs.get(claim.run.run_id, []))
+                state_pb2.ClaimedRun(
+                    run=claim.run,
+                    takeovers=claim.takeovers,
+                    inputs=inputs.get((claim.run.tenant_id, claim.run.run_id), []),
+                    handed_back=claim.handed_back,
+                )
             )
 
     async def _end_poisoned(self) -> None:
@@ -325,9 +327,18 @@ class Executors:
         self._submit(append, _ignore)
 
 
-def run_not_found(run_id: str) -> MainspringError:
-    """The user has no such run."""
-    return MainspringError(Reason.RUN_NOT_FOUND, f"There is no run {run_id!r}: check the id.", run_id=run_id[:128])
+def _refusal(run_input: state_pb2.RunInput, stored: StoredInput | None) -> MainspringError:
+    if stored is None:
+        return refused_input(run_input, "", state=0, limit=0)
+    answer = refused_answer(
+        run_input.approval.approval_id,
+        stored.reason,
+        decision=stored.decision,
+        answered_by=stored.answered_by,
+        expires_time=stored.expires_time,
+        role=stored.role,
+    )
+    return answer or refused_input(run_input, stored.reason, state=stored.state, limit=UNCONSUMED_MAX)
 
 
 def _check_executor_id(executor_id: str) -> None:

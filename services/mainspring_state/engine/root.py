@@ -14,8 +14,9 @@ from mainspring_state.config import StateSettings
 from mainspring_state.core.append import ENDED_STATES
 from mainspring_state.core.backlog import Backlog
 from mainspring_state.core.drafts import Drafts
+from mainspring_state.core.refusals import run_not_found
 from mainspring_state.engine.committer import Committer
-from mainspring_state.engine.executors import Executors, LeaseTimes, run_not_found
+from mainspring_state.engine.executors import Executors, LeaseTimes
 from mainspring_state.engine.follower import Follower, FollowLimits, Sources
 from mainspring_state.engine.hub import EndWaiter, Hub
 from mainspring_state.engine.presence import Presence
@@ -46,6 +47,7 @@ class Engine:
             is_heard=self._talk.is_heard,
             publish=self._talk.publish_deliveries,
             on_ready=self._kick,
+            on_input=lambda holder, run_input: self.executors.tell(holder, run_input),
         )
         times = LeaseTimes(settings.lease_seconds, settings.broken_lease_seconds, settings.claim_seconds)
         self.executors = Executors(leases, self._presence, talk=self._talk, times=times, submit=self._committer.submit)

@@ -1,6 +1,8 @@
 -- append: commits one batch of appends, in one round trip.
-SELECT * FROM state.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,
-  $21, $22, $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33);
+SELECT * FROM state.append_batch($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19,
+  $20, $21, $22, $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34, $35, $36, $37, $38, $39, $40, $41, $42,
+  $43, $44, $45, $46, $47, $48, $49, $50, $51, $52, $53, $54, $55, $56, $57, $58, $59, $60, $61, $62, $63, $64,
+  $65);
 
 -- get_run: one run of the user.
 SELECT * FROM state.runs WHERE tenant_id = $1 AND user_id = $2 AND run_id = $3;
@@ -39,7 +41,9 @@ WHERE tenant_id = $1 AND user_id = $2 AND (create_time, session_id) < ($3, $4) A
 ORDER BY create_time DESC, session_id DESC LIMIT $5;
 
 -- put_input: stores what is asked of a run, once per request id.
-SELECT state, holder, (input).* FROM state.put_input($1, $2, $3, $4, $5, $6);
+SELECT reason, state, holder, (input).*, (approval).decision, (approval).answered_by, (approval).expires_time,
+  (approval).role
+FROM state.ask($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13);
 
 -- beat: stores an executor's beat.
 SELECT state.beat($1, $2, $3);
@@ -51,7 +55,7 @@ SELECT state.shorten_lease($1, $2, $3);
 SELECT state.disown($1, $2);
 
 -- claim: takes runs that nobody drives.
-SELECT * FROM state.claim($1, $2, $3, $4, $5, $6, $7);
+SELECT (run).*, handed_back FROM state.claim_runs($1, $2, $3, $4, $5, $6, $7);
 
 -- inputs_of: the unconsumed inputs of runs.
 SELECT * FROM state.inputs_of($1, $2);

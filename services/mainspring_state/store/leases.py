@@ -11,31 +11,47 @@ from mainspring.v1 import state_pb2, types_pb2
 from mainspring_kit import postgres
 from mainspring_kit.identity import UserExecutionContext
 
+from mainspring_state.core.approvals import answerable_roles, read_id
 from mainspring_state.store.rows import storable, to_input, to_run
 
 STALLED_MAX: Final = 3
 CLAIM_PAGE_MAX: Final = 64
 INPUTS_MAX: Final = 1_000
+# Of one kind and run.
+UNCONSUMED_MAX: Final = 1_000
 
 _SQL: Final = postgres.load_queries("mainspring_state")
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A run that was taken; `is_poisoned`: too many executors died on it, it was taken to be ended."""
+    """A run that was taken; `is_poisoned`: too many executors died on it, it was taken to be ended.
+
+    `handed_back`: its former holder had let it go in the middle.
+    """
 
     run: types_pb2.Run
     takeovers: int
     is_poisoned: bool
+    handed_back: bool
 
 
 @dataclass(frozen=True, slots=True)
 class StoredInput:
-    """The state of the asked run, who holds it (empty: nobody, or the input is not new), and the input, if stored."""
+    """The state of the asked run, who holds it (empty: nobody, or the input is not new), and the input.
 
+    `reason`: why it was not stored, in the database's word; `decision`, `answered_by`, `expires_time`, `role`: of the
+    approval that was answered.
+    """
+
+    reason: str
     state: int
     holder: str
-    input: state_pb2.RunInput | None
+    input: state_pb2.RunInput
+    decision: int
+    answered_by: str
+    expires_time: datetime | None
+    role: str
 
 
 class Leases:
@@ -87,7 +103,7 @@ class Leases:
                 STALLED_MAX,
                 CLAIM_PAGE_MAX,
             )
-        return [Claim(to_run(row), row["takeovers"], row["stalled"] > STALLED_MAX) for row in rows]
+        return [Claim(to_run(row), row["takeovers"], row["stalled"] > STALLED_MAX, row["handed_back"]) for row in rows]
 
     async def disown(self, executor_id: str) -> None:
         """Claims of this process may not have reached the executor: unless their runs went on, they are claimable."""
@@ -113,12 +129,15 @@ class Leases:
             rows = await self._pool.fetch(_SQL["inputs_for"], list(executor_ids), INPUTS_MAX)
         return [(row["executor_id"], to_input(row)) for row in rows]
 
-    async def put_input(self, user: UserExecutionContext, run_input: state_pb2.RunInput) -> StoredInput | None:
-        """Stores an input once per request id; None when the user has no such run."""
+    async def put_input(
+        self, user: UserExecutionContext, run_input: state_pb2.RunInput, *, is_holder: bool
+    ) -> StoredInput | None:
+        """Stores an input once per request id; None when the user has no such run, or may not see the approval."""
         asked = state_pb2.RunInput()
         asked.CopyFrom(run_input)
         for field in ("request_id", "run_id", "tenant_id", "requested_by"):
             asked.ClearField(field)
+        approval = read_id(run_input.approval.approval_id)
         with postgres.reachable(), storable():
             row = await self._pool.fetchrow(
                 _SQL["put_input"],
@@ -127,11 +146,27 @@ class Leases:
                 run_input.run_id,
                 run_input.request_id,
                 run_input.requested_by,
+                asked.WhichOneof("input"),
                 asked.SerializeToString(),
+                UNCONSUMED_MAX,
+                approval[1] if approval else 0,
+                run_input.approval.decision,
+                run_input.approval.data,
+                answerable_roles(user.roles),
+                is_holder,
             )
         if row is None:
             return None
-        return StoredInput(row["state"], row["holder"] or "", to_input(row) if row["payload"] is not None else None)
+        return StoredInput(
+            row["reason"],
+            row["state"],
+            row["holder"] or "",
+            to_input(row) if row["payload"] is not None else state_pb2.RunInput(),
+            row["decision"] or 0,
+            row["answered_by"] or "",
+            row["expires_time"],
+            row["role"] or "",
+        )
 
     async def last_seqs(self, runs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
         """How far the logs of runs (tenant, run) have come."""

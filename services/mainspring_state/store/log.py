@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
@@ -13,6 +12,8 @@ from mainspring.v1 import state_pb2, types_pb2
 from mainspring_kit import postgres
 
 from mainspring_state.core.append import QUEUED, RUNNING, Entry
+from mainspring_state.store import extras
+from mainspring_state.store.rows import to_datetime
 
 if TYPE_CHECKING:
     from asyncpg.prepared_stmt import PreparedStatement
@@ -51,10 +52,19 @@ class Outcome:
         return self.reason in ("", "repeated", "key_repeated")
 
 
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What became of a batch. `became_ready`: a run is claimable by it; `told`: new inputs with their runs' holders."""
+
+    outcomes: list[Outcome]
+    became_ready: bool
+    told: list[tuple[str, state_pb2.RunInput]]
+
+
 class Batch:
     """A batch of entries, stamped at one moment, as one statement's arguments.
 
-    In the database's order: creates, others, terminal ones.
+    In the database's order: creates of roots and of sub-runs, others, terminal ones.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -72,13 +82,29 @@ class Batch:
             for i, is_running, ordinal in zip(row["made"], row["made_running"], row["made_ordinals"], strict=True):
                 found[self._order[i - 1]] = self._made(i, is_running=is_running, ordinal=ordinal)
         if row["hit"]:
-            for i, user_id, ordinal in zip(row["hit"], row["hit_users"], row["hit_ordinals"], strict=True):
-                found[self._order[i - 1]] = self._hit(i, user_id=user_id, ordinal=ordinal)
+            hits = zip(row["hit"], row["hit_users"], row["hit_ordinals"], row["hit_states"], strict=True)
+            for i, user_id, ordinal, state in hits:
+                found[self._order[i - 1]] = self._hit(i, user_id=user_id, ordinal=ordinal, state=state)
         if row["missed"]:
             columns = ("missed", "missed_reasons", "missed_runs", "missed_states", "missed_seqs", "missed_ordinals")
             for i, reason, run_id, state, last_seq, ordinal in zip(*(row[name] for name in columns), strict=True):
                 found[self._order[i - 1]] = Outcome(reason, str(run_id), "", state, last_seq, ordinal, [])
         return [outcome for outcome in found if outcome is not None]
+
+    def told(self, row: asyncpg.Record) -> list[tuple[str, state_pb2.RunInput]]:
+        """Inputs that the statement made for runs that somebody holds, each with the holder."""
+        if not row["told_holders"]:
+            return []
+        columns = ("told_holders", "told_tenants", "told_users", "told_runs", "told_requests", "told_payloads")
+        told = []
+        for holder, tenant_id, user_id, run_id, request_id, payload in zip(
+            *(row[name] for name in columns), strict=True
+        ):
+            run_input = state_pb2.RunInput.FromString(payload)
+            run_input.request_id, run_input.tenant_id, run_input.run_id = request_id, tenant_id, str(run_id)
+            run_input.requested_by = user_id
+            told.append((holder, run_input))
+        return told
 
     def _made(self, i: int, *, is_running: bool, ordinal: int) -> Outcome:
         append = self._entries[self._order[i - 1]].append
@@ -86,12 +112,12 @@ class Batch:
         state = RUNNING if is_running else QUEUED
         return Outcome("", append.run_id, append.create.user_id, state, len(events), ordinal, events)
 
-    def _hit(self, i: int, *, user_id: str, ordinal: int) -> Outcome:
+    def _hit(self, i: int, *, user_id: str, ordinal: int, state: int) -> Outcome:
         entry, events = self._entries[self._order[i - 1]], self._events[i - 1]
-        if entry.types[0] == "agent_started":
+        if "agent_started" in entry.types:
             events = [events[0] + _ordinal_field(ordinal), *events[1:]]
         last_seq = entry.append.expected_seq + len(events)
-        return Outcome("", entry.append.run_id, user_id, entry.to_state, last_seq, ordinal, events)
+        return Outcome("", entry.append.run_id, user_id, state, last_seq, ordinal, events)
 
     def _encode(self, entries: list[Entry]) -> list[Any]:
         """Any: each argument has the type of its parameter in the migration."""
@@ -105,6 +131,7 @@ class Batch:
             lasts.append(count)
         consumed = [(i, request) for i, append in enumerate(appends, 1) for request in append.consumed_request_ids]
         keys = [create.idempotency_key for create in creates]
+        moment = next((append.events[0].event_time for append in appends if append.events), Timestamp())
         return [
             [append.tenant_id for append in appends],
             [append.run_id for append in appends],
@@ -118,7 +145,7 @@ class Batch:
             lasts,
             [name for entry in entries for name in entry.types],
             [event for events in self._events for event in events],
-            _datetime(appends[0].events[0].event_time),
+            to_datetime(moment),
             len(creates),
             [create.user_id for create in creates],
             [create.session_id for create in creates],
@@ -129,7 +156,7 @@ class Batch:
             keys if any(keys) else [],
             [create.request_hash for create in creates],
             [create.executor_id for create in creates],
-            [_datetime(create.deadline) if create.HasField("deadline") else None for create in creates],
+            [to_datetime(create.deadline) if create.HasField("deadline") else None for create in creates],
             [create.trace_id for create in creates],
             len(entries) - len(endings) + 1,
             [ending.result for ending in endings],
@@ -139,6 +166,10 @@ class Batch:
             [i for i, _ in consumed],
             [request for _, request in consumed],
             _INTERRUPTION,
+            *extras.of_creates(creates),
+            *extras.of_releases(appends),
+            *extras.of_metrics([entry.append.metrics for entry in entries if entry.ending is not None]),
+            *extras.of_approvals(entries),
         ]
 
 
@@ -166,11 +197,11 @@ class LogWriter:
         """How long a commit waits for a locked row from now on."""
         await self._connection.execute(f"SET lock_timeout = {int(seconds * 1_000)}")
 
-    async def commit(self, batch: Batch) -> tuple[list[Outcome], bool]:
-        """Commits a batch durably; also says whether a run became claimable by it."""
+    async def commit(self, batch: Batch) -> Committed:
+        """Commits a batch durably."""
         row = await self._statement.fetchrow(*batch.arguments)
         assert row is not None, "the function returns one row"
-        return batch.outcomes(row), row["became_ready"]
+        return Committed(batch.outcomes(row), row["became_ready"], batch.told(row))
 
     def close(self) -> None:
         """Gives the connection up, whatever it is doing."""
@@ -192,12 +223,8 @@ def is_shortage(error: asyncpg.PostgresError) -> bool:
 
 def _group(entry: Entry) -> int:
     if entry.is_create:
-        return 0
-    return 1 if entry.ending is None else 2
-
-
-def _datetime(moment: Timestamp) -> datetime:
-    return datetime.fromtimestamp(moment.seconds, UTC).replace(microsecond=moment.nanos // 1_000)
+        return 1 if entry.append.create.parent_run_id else 0
+    return 2 if entry.ending is None else 3
 
 
 def _ordinal_field(ordinal: int) -> bytes:

@@ -12,7 +12,7 @@ from mainspring.v1 import types_pb2
 from mainspring_kit import postgres
 from mainspring_kit.identity import UserExecutionContext
 
-from mainspring_state.core.append import is_uuid
+from mainspring_state.core.creation import is_uuid
 from mainspring_state.store.rows import storable, to_run, to_session
 
 _SQL: Final = postgres.load_queries("mainspring_state")

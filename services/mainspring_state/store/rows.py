@@ -27,6 +27,11 @@ def to_timestamp(moment: datetime | None) -> Timestamp | None:
     return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1_000)
 
 
+def to_datetime(moment: Timestamp) -> datetime:
+    """The message as a moment, exact to the microsecond."""
+    return datetime.fromtimestamp(moment.seconds, UTC).replace(microsecond=moment.nanos // 1_000)
+
+
 def to_run(row: Row) -> types_pb2.Run:
     """A row of `runs`."""
     run_id = str(row["run_id"])
@@ -51,8 +56,13 @@ def to_run(row: Row) -> types_pb2.Run:
         stages=[types_pb2.Stage(**stage) for stage in orjson.loads(row["stages"] or "[]")],
         trace_id=row["trace_id"],
         epoch=row["epoch"],
-        root_run_id=run_id,
+        parent_run_id=str(row["parent_run_id"] or ""),
+        root_run_id=str(row["root_run_id"] or run_id),
         usage=_of_json(row["usage"], types_pb2.Usage),
+        depth=row["depth"],
+        source_run_id=str(row["source_run_id"] or ""),
+        attempt=row["attempt"],
+        priority=row["priority"],
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit.errors import MainspringError
 from mainspring_state.core import append as core
+from mainspring_state.core import refusals
 
 from tests.unit.state.samples import APPEND, RUN, append, completed, create, event, started, thinking
 
@@ -41,9 +42,9 @@ def test_a_create_leads_to_running() -> None:
     )
 
 
-def test_steps_need_a_running_run_and_keep_it_running() -> None:
+def test_steps_need_a_run_under_way_and_have_it_running() -> None:
     entry = core.check(append(thinking(2), event(3, tool_executing=events_pb2.ToolExecuting(call_id="c"))))
-    assert allowed_from(entry) == {core.RUNNING}
+    assert allowed_from(entry) == {core.RUNNING, core.WAITING}
     assert entry.to_state == core.RUNNING
     assert entry.is_progress
 
@@ -169,9 +170,11 @@ def test_a_create_has_exactly_one_start() -> None:
 
 
 def test_an_oversized_event_is_refused_with_its_bound() -> None:
-    error = refused(append(event(2, agent_thinking=events_pb2.AgentThinking(text="x" * (core.EVENT_BYTES_MAX + 1)))))
+    error = refused(
+        append(event(2, agent_thinking=events_pb2.AgentThinking(text="x" * (refusals.EVENT_BYTES_MAX + 1))))
+    )
     assert error.reason_name == "PAYLOAD_TOO_LARGE"
-    assert error.metadata["limit"] == str(core.EVENT_BYTES_MAX)
+    assert error.metadata["limit"] == str(refusals.EVENT_BYTES_MAX)
 
 
 def test_a_stamp_says_when_by_which_append_and_for_whom() -> None:
@@ -198,11 +201,11 @@ def test_a_stamp_says_when_by_which_append_and_for_whom() -> None:
     ],
 )
 def test_each_word_of_the_database_has_its_reason(reason: str, expected: str) -> None:
-    error = core.refusal(core.check(create()), reason, run_id=RUN, state=core.COMPLETED)
+    error = refusals.refusal(core.check(create()), reason, run_id=RUN, state=core.COMPLETED)
     assert error.reason_name == expected
     assert error.message
 
 
 def test_a_refused_value_names_the_run_and_the_detail() -> None:
-    error = core.refused_value(core.check(create()), "22021 bad")
+    error = refusals.refused_value(core.check(create()), "22021 bad")
     assert (error.reason_name, error.metadata) == ("EVENT_REFUSED", {"run_id": RUN, "detail": "22021 bad"})

@@ -1,0 +1,57 @@
+"""What `state.append_batch` is given, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tests.simulation.asking import Row
+
+# Any in this module: arguments and rows are what the migration says.
+
+
+class Batch:
+    """The arguments of `state.append` by name."""
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        (
+            self.tenants, self.runs, self.append_ids, self.expected_seqs, self.epochs,
+            self.from_states, self.to_states, self.progresses,
+            self.event_firsts, self.event_lasts, self.types, self.events, self.event_time,
+            self.create_count, self.users, self.session_ids, self.policies, self.agents, self.versions,
+            self.run_inputs, self.keys, self.hashes, self.executors, self.deadlines, self.traces,
+            self.end_first, self.results, self.errors, self.all_stages, self.usages,
+            self.consumed_items, self.consumed_requests, self.interrupt_payload,
+            self.root_count, self.parents, self.roots, self.parent_calls, self.depths,
+            self.sources, self.attempts, self.priorities, self.hook_urls, self.hook_credentials,
+            self.release_items, self.release_dues,
+            self.model_calls, self.tool_calls, self.tool_errors, self.cache_hits, self.retries, self.waitings,
+            self.ask_items, self.ask_seqs, self.ask_kinds, self.ask_roles, self.ask_titles, self.ask_calls,
+            self.ask_arguments, self.ask_schemas, self.ask_expires,
+            self.resolve_items, self.resolve_seqs, self.resolve_decisions, self.resolve_by, self.resolve_data,
+        ) = arguments  # fmt: skip
+
+    def asked(self, k: int) -> Row:
+        """A new row of `approvals`."""
+        return {
+            "kind": self.ask_kinds[k],
+            "role": self.ask_roles[k],
+            "expires_time": self.ask_expires[k],
+            "call_id": self.ask_calls[k],
+            "decision": 0,
+            "answered_by": "",
+            "data": b"",
+        }
+
+    def resolved(self, k: int) -> Row:
+        """What becomes of it."""
+        return {
+            "decision": self.resolve_decisions[k],
+            "answered_by": self.resolve_by[k],
+            "data": self.resolve_data[k],
+        }
+
+    def counted(self) -> list[tuple[str, Sequence[Any]]]:
+        """The columns of the metrics that come from the holder, each with a value for each end."""
+        names = ("model_calls", "tool_calls", "tool_errors", "cache_hits", "retries", "waitings")
+        return [(name, getattr(self, name)) for name in names]
