@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 import orjson
 from mainspring.v1 import events_pb2, types_pb2
 
 from mainspring_execution.core.intrinsic import SIGNAL, is_intrinsic
+
+_FAILED: Final = (types_pb2.TOOL_STATUS_ERROR, types_pb2.TOOL_STATUS_TIMED_OUT)
 
 
 class Progress:
@@ -20,6 +23,7 @@ class Progress:
         "answers",
         "approvals",
         "attempts",
+        "cache_hits",
         "cost_usd",
         "ended",
         "failures",
@@ -27,6 +31,7 @@ class Progress:
         "input_tokens",
         "intents",
         "last_event",
+        "model_calls",
         "opened_ms",
         "outcomes",
         "output_tokens",
@@ -43,6 +48,10 @@ class Progress:
         "started_ms",
         "steps",
         "thoughts",
+        "tool_calls",
+        "tool_errors",
+        "waiting_ms",
+        "waiting_since_ms",
     )
 
     def __init__(self) -> None:
@@ -65,9 +74,17 @@ class Progress:
         self.input_tokens = 0
         self.output_tokens = 0
         self.cost_usd = 0.0
+        # What was done in this run; what a fork has taken from another one's log counts there.
+        self.model_calls = 0
+        self.tool_calls = 0
+        self.tool_errors = 0
+        self.cache_hits = 0
+        self.waiting_ms = 0.0
+        # Since when it stands still, in milliseconds since 1970; 0: it does not.
+        self.waiting_since_ms = 0.0
         self.recoveries = 0
         self.recoveries_in_a_row = 0
-        # Who drives the run since which model step, where it was handed over; empty: the agent that it was started with.
+        # Who drives the run since which model step, where it was handed over; empty: the agent it was started with.
         self.agent = ""
         self.agent_version = ""
         self.agent_first_step = 1
@@ -95,6 +112,8 @@ class Progress:
         self.seq = event.seq
         kind = event.WhichOneof("payload")
         self.last_event = kind or ""
+        if self.waiting_since_ms:
+            self.end_wait(_milliseconds(event))
         if kind == "run_recovered":
             self._recover(event.run_recovered)
             return
@@ -104,7 +123,7 @@ class Progress:
         elif kind == "tool_executing":
             self._intend(event)
         elif kind == "tool_completed":
-            self._complete(event.tool_completed)
+            self._complete(event.tool_completed, is_own=not event.source_seq)
         elif kind == "agent_started":
             self.input = event.agent_started.input
             self.started_ms = _milliseconds(event)
@@ -112,6 +131,11 @@ class Progress:
             self.ended = True
         elif not self._apply_control(event, self.last_event) and not event.safe_to_skip:
             raise ValueError(f"run {event.run_id}: this release does not know what event {event.seq} means")
+
+    def end_wait(self, time_ms: float) -> None:
+        """The run goes on at this time; a wait counts from its event to the next one, or to when it was taken up."""
+        self.waiting_ms += max(0.0, time_ms - self.waiting_since_ms)
+        self.waiting_since_ms = 0.0
 
     def open_calls(self) -> list[events_pb2.PlannedCall]:
         """The planned calls that have no outcome, in the model's order."""
@@ -137,6 +161,7 @@ class Progress:
         self.planned.extend(thinking.planned_calls)
         self.result = thinking.result
         if is_own:
+            self.model_calls += 1
             self.input_tokens += thinking.usage.input_tokens
             self.output_tokens += thinking.usage.output_tokens
             self.cost_usd += thinking.usage.cost_usd
@@ -148,8 +173,12 @@ class Progress:
         if is_intrinsic(intent.tool):
             self.opened_ms[intent.call_id] = _milliseconds(event)
 
-    def _complete(self, outcome: events_pb2.ToolCompleted) -> None:
+    def _complete(self, outcome: events_pb2.ToolCompleted, *, is_own: bool) -> None:
         self.outcomes[outcome.call_id] = outcome
+        if is_own:
+            self.tool_calls += 1
+            self.tool_errors += outcome.status in _FAILED
+            self.cache_hits += outcome.cached
         if self.retry_times:
             self.retry_times.pop(outcome.call_id, None)
         if outcome.tool == SIGNAL and outcome.status == types_pb2.TOOL_STATUS_OK:
@@ -191,6 +220,7 @@ class Progress:
             self._resolve(event.approval_resolved)
         elif kind == "agent_paused":
             self.paused = True
+            self.waiting_since_ms = _milliseconds(event)
             self.requests.add(event.agent_paused.request_id)
         elif kind == "agent_resumed":
             self.paused = False
@@ -198,8 +228,10 @@ class Progress:
         elif kind == "agent_handed_off":
             self.agent, self.agent_version = event.agent_handed_off.to_agent, event.agent_handed_off.to_version
             self.agent_first_step = self.steps + 1
+        elif kind == "agent_waiting":
+            self.waiting_since_ms = _milliseconds(event)
         else:
-            return kind == "agent_waiting"
+            return False
         return True
 
     def _resolve(self, resolved: events_pb2.ApprovalResolved) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,6 +79,21 @@ def usage(progress: Progress) -> types_pb2.Usage:
     )
 
 
+def make_metrics(progress: Progress, stages: Sequence[types_pb2.Stage]) -> types_pb2.RunMetrics:
+    """What the run's row of metrics says, as far as its executor knows."""
+    return types_pb2.RunMetrics(
+        stages=stages,
+        model_calls=progress.model_calls,
+        tool_calls=progress.tool_calls,
+        tool_errors=progress.tool_errors,
+        cache_hits=progress.cache_hits,
+        retries=progress.retries,
+        recoveries=progress.recoveries,
+        usage=usage(progress),
+        waiting_ms=progress.waiting_ms,
+    )
+
+
 def measure_stages(marks: Mapping[str, float], *, end: float, carried_seconds: float = 0.0) -> list[types_pb2.Stage]:
     """The stages gone through; `marks`: the second at which each began, in order, `end`: when the last one ended.
 
@@ -146,7 +161,7 @@ def close_calls(
 ) -> list[events_pb2.ToolCompleted]:
     """Outcomes for the calls that were begun and will get none any more: a terminal event leaves no call open."""
     closed = []
-    for call_id in progress.lost_calls():
+    for call_id in progress.begun_calls():
         intent = progress.intents[call_id]
         outcome = events_pb2.ToolCompleted(
             call_id=call_id, tool=intent.tool, status=status, error=error, attempts=progress.attempts[call_id]
