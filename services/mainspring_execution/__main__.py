@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from mainspring.v1 import execution_pb2 as pb
@@ -23,6 +24,10 @@ from mainspring_execution.engine.deltas import Deltas
 from mainspring_execution.engine.lease import Lease
 from mainspring_execution.engine.runs import Runs
 from mainspring_execution.engine.surroundings import Surroundings
+from mainspring_execution.models.clients import Clients
+from mainspring_execution.models.conversing import Shop
+from mainspring_execution.models.credentials import Credentials
+from mainspring_execution.models.prices import load_prices
 from mainspring_execution.peers import Dispatcher, Registry, State
 from mainspring_execution.servicer import ExecutionServicer
 
@@ -59,9 +64,10 @@ async def wired(settings: ExecutionSettings) -> AsyncIterator[Execution]:
         Peer(settings.registry_target, tokens) as registry_peer,
         Peer(settings.dispatcher_target, tokens) as dispatcher_peer,
         Peer(settings.state_target, tokens) as state_peer,
+        aclosing(_open_shop(settings)) as shop,
     ):
         state, dispatcher = State(state_peer), Dispatcher(dispatcher_peer)
-        catalog = Catalog(Registry(registry_peer))
+        catalog = Catalog(Registry(registry_peer), shop)
         lease = Lease(state, executor_id)
         around = Surroundings(state, dispatcher, catalog, lease, Deltas(state))
         runs = Runs(around, runs_max=settings.runs_max)
@@ -75,6 +81,15 @@ async def wired(settings: ExecutionSettings) -> AsyncIterator[Execution]:
         ) as tasks:
             runs.open(tasks)
             yield Execution(ExecutionServicer(runs, state), runs, around)  # type: ignore[abstract]  # the rest is not built
+
+
+def _open_shop(settings: ExecutionSettings) -> Shop:
+    return Shop(
+        Clients(),
+        Credentials(settings.credentials_dir, os.environ),
+        load_prices(settings.prices_file),
+        settings.model_addresses(),
+    )
 
 
 async def serve(settings: ExecutionSettings, stop: asyncio.Event) -> None:

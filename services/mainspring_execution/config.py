@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mainspring_kit.config import ServiceSettings
 from pydantic import Field
 
@@ -16,3 +18,17 @@ class ExecutionSettings(ServiceSettings):
     dispatcher_target: str = Field(min_length=1, description="the dispatcher, in the same syntax")
     state_target: str = Field(min_length=1, description="state, in the same syntax")
     runs_max: int = Field(2_000, ge=1, le=10_000, description="runs driven at once; above it starts are refused")
+    credentials_dir: Path | None = Field(
+        None, description="folder of model providers' keys: <folder>/<tenant>/<name>, else <folder>/<name>"
+    )
+    prices_file: Path | None = Field(None, description="prices of models, in the form of models/prices.toml")
+    model_base_urls: str = Field(
+        "",
+        description="addresses that `base_url` of a specification may name, comma-separated; `*`: any, and development",
+    )
+
+    def model_addresses(self) -> frozenset[str]:
+        """Those that a specification may name; `*`: all."""
+        if self.environment == "development":
+            return frozenset({"*"})
+        return frozenset(address.strip().rstrip("/") for address in self.model_base_urls.split(",") if address.strip())

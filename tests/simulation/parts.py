@@ -32,16 +32,15 @@ class Model:
 
     needs_history = False
 
+    needs_tools = False
+    fallbacks = 0
+    repairs = 0
+
     def __init__(self, checker: Checker, rng: Random, *, executor_id: str, think_seconds: float) -> None:
         self._checker = checker
         self._rng = rng
         self._executor_id = executor_id
         self._think_seconds = think_seconds
-
-    @property
-    def needs_tools(self) -> bool:
-        """No."""
-        return False
 
     def waits(self, step: int) -> bool:
         """Whether `think` may suspend."""

@@ -18,6 +18,7 @@ from mainspring_kit.tasks import raise_if_cancelled
 
 from mainspring_execution.core.plan import AgentPlan, read_plan
 from mainspring_execution.models import Model, make_model
+from mainspring_execution.models.conversing import Shop
 from mainspring_execution.peers import Registry
 
 STALE_SECONDS: Final = 1.0
@@ -41,8 +42,10 @@ class PreparedAgent:
 class Catalog:
     """The copy, kept by `watch`; asks the registry where the copy cannot answer."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, shop: Shop) -> None:
+        """`shop`: what the models of all agents share."""
         self._registry = registry
+        self._shop = shop
         self._newest: dict[tuple[str, str], types_pb2.Agent] = {}
         self._tools: dict[tuple[str, str], types_pb2.Tool] = {}
         self._prepared: OrderedDict[tuple[str, str, str], PreparedAgent] = OrderedDict()
@@ -143,7 +146,7 @@ class Catalog:
         prepared = self._prepared.get(key)
         if prepared is None:
             plan = read_plan(agent)
-            prepared = self._prepared[key] = PreparedAgent(plan, make_model(plan))
+            prepared = self._prepared[key] = PreparedAgent(plan, make_model(plan, self._shop))
             if len(self._prepared) > PREPARED_MAX:
                 self._prepared.popitem(last=False)
         return prepared

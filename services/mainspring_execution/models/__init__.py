@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from mainspring_execution.core.plan import AgentPlan, spec_invalid
+from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.thought import Thought, Turn
+from mainspring_execution.models.conversing import ConversingModel, Shop
 from mainspring_execution.models.scripted import ScriptedModel
 
 # Takes text of a step as it comes, a piece at a time.
@@ -26,6 +27,16 @@ class Model(Protocol):
         """Whether a turn must bring the tools' descriptions."""
         ...
 
+    @property
+    def fallbacks(self) -> int:
+        """How many other models there are to ask, one after the other, when the first cannot answer."""
+        ...
+
+    @property
+    def repairs(self) -> int:
+        """How often it is told of an answer that was not right, to give another one."""
+        ...
+
     def waits(self, step: int) -> bool:
         """Whether `think` may suspend at this step: what is known so far is then made durable first."""
         ...
@@ -38,8 +49,8 @@ class Model(Protocol):
         ...
 
 
-def make_model(plan: AgentPlan) -> Model:
+def make_model(plan: AgentPlan, shop: Shop) -> Model:
     """The model of a plan; SPEC_INVALID for a provider or a setting that this release does not have."""
     if plan.provider == "scripted":
         return ScriptedModel(plan)
-    raise spec_invalid("model.provider", f"{plan.provider!r} is not one of: scripted")
+    return ConversingModel(plan, shop)

@@ -64,6 +64,10 @@ class _Entry:
 class ScriptedModel:
     """The Model of an agent with `provider: scripted`."""
 
+    needs_tools = False
+    fallbacks = 0
+    repairs = 0
+
     def __init__(self, plan: AgentPlan) -> None:
         script = plan.model.get("script") or []
         self._entries = [_compile_entry(entry, f"model.script[{index}]") for index, entry in enumerate(script)]
@@ -79,11 +83,6 @@ class ScriptedModel:
     def needs_history(self) -> bool:
         """Whether an expression names `history` or `session.history`."""
         return self._needs_history
-
-    @property
-    def needs_tools(self) -> bool:
-        """A script knows its tools."""
-        return False
 
     def waits(self, step: int) -> bool:
         """Whether the entry of this step has a delay."""

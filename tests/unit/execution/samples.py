@@ -8,9 +8,14 @@ import orjson
 from mainspring.v1 import events_pb2, types_pb2
 from mainspring_execution.core.plan import AgentPlan, read_plan
 from mainspring_execution.core.record import Envelope
+from mainspring_execution.models.clients import Clients
+from mainspring_execution.models.conversing import Shop
+from mainspring_execution.models.credentials import Credentials
+from mainspring_execution.models.prices import Prices
 
 RUN_ID = "01890a5d-ac96-774b-bcce-b302099a8057"
 ENVELOPE = Envelope(RUN_ID, "talk-1", "lookup", "0af7651916cd43dd8448eb211c80319c")
+SHOP = Shop(Clients(), Credentials(None, {}), Prices(), frozenset())
 
 LOOKUP = {
     "model": {

@@ -13,7 +13,7 @@ from mainspring_execution.models import make_model
 from mainspring_execution.models.scripted import ScriptedModel
 from mainspring_kit.errors import MainspringError
 
-from tests.unit.execution.samples import RUN_ID, plan
+from tests.unit.execution.samples import RUN_ID, SHOP, plan
 
 pytestmark = pytest.mark.unit
 
@@ -201,7 +201,7 @@ def test_a_script_that_cannot_be_run_is_refused_with_its_field(entry: dict[str, 
 
 def test_a_provider_that_is_not_there_is_refused() -> None:
     with pytest.raises(MainspringError) as raised:
-        make_model(plan(model={"provider": "openai", "name": "x"}))
+        make_model(plan(model={"provider": "mystery", "name": "x"}), SHOP)
     assert raised.value.metadata["field"] == "model.provider"
 
 
