@@ -904,6 +904,7 @@ class AttemptFailed(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     RETRY_TIME_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The model step; 0: it was a call."""
     call_id: _builtins.str
@@ -918,6 +919,10 @@ class AttemptFailed(_message.Message):
     def retry_time(self) -> _timestamp_pb2.Timestamp:
         """When the next attempt is made."""
 
+    @_builtins.property
+    def usage(self) -> _types_pb2.Usage:
+        """What it used: a model's answer costs also when it is not taken."""
+
     def __init__(
         self,
         *,
@@ -926,10 +931,11 @@ class AttemptFailed(_message.Message):
         attempt: _builtins.int = ...,
         error: _types_pb2.RunError | None = ...,
         retry_time: _timestamp_pb2.Timestamp | None = ...,
+        usage: _types_pb2.Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "retry_time", b"retry_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "retry_time", b"retry_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "call_id", b"call_id", "error", b"error", "retry_time", b"retry_time", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "call_id", b"call_id", "error", b"error", "retry_time", b"retry_time", "step", b"step", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
