@@ -20,7 +20,8 @@ from mainspring_kit.tasks import background, raise_if_cancelled
 from mainspring_gateway.config import GatewaySettings
 from mainspring_gateway.core.commands import Start
 from mainspring_gateway.core.events import encode, is_terminal
-from mainspring_gateway.core.feeds import Feeds, Follow, Order
+from mainspring_gateway.core.feeds import Feeds, Order
+from mainspring_gateway.core.follows import Follow
 from mainspring_gateway.peers import Peers
 
 StartFuture = asyncio.Future[execution_pb2.StartResult]
@@ -69,17 +70,17 @@ class Engine:
 
         QUEUE_FULL at the bound. The future is cancelled when the start is not answered in time.
         """
-        item = execution_pb2.StartItem(
-            context=context.to_message(),
-            start=execution_pb2.StartRunRequest(
-                agent=start.agent,
-                alias=start.alias,
-                version=start.version,
-                input=start.input,
-                session_id=start.session_id,
-                idempotency_key=start.idempotency_key,
-            ),
+        request = execution_pb2.StartRunRequest(
+            agent=start.agent,
+            alias=start.alias,
+            version=start.version,
+            input=start.input,
+            session_id=start.session_id,
+            idempotency_key=start.idempotency_key,
+            priority=start.priority,
+            start_time=start.start_time,
         )
+        item = execution_pb2.StartItem(context=context.to_message(), start=request)
         if follow is not None:
             item.state_id, item.follower_id = self.feeds.state_id, self.feeds.follower_id
         future: StartFuture = self._peers.starts.post(item)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import orjson
 from aiohttp import hdrs, web
 from google.protobuf.descriptor import MethodDescriptor
+from mainspring.v1 import execution_pb2
 from mainspring_kit.errors import MainspringError, Reason, Violation
 from mainspring_kit.identity import Principal, UserExecutionContext, new_id
 from mainspring_kit.interceptors import trace_id_of
@@ -20,7 +24,7 @@ from mainspring_gateway.interceptor import REQUEST_ID
 
 _JSON: Final = ("application/json",)
 _DOCUMENTS: Final = ("application/json", "application/yaml", "application/x-yaml", "text/yaml")
-_LATER_VERBS: Final = frozenset({"pause", "resume", "retry", "signal", "fork", "explain"})
+_CONTROLS: Final = {"cancel": access.CANCEL_RUN, "pause": access.PAUSE_RUN, "resume": access.RESUME_RUN}
 _KEY_HEADER: Final = "Idempotency-Key"
 _KEY_CHARACTERS_MAX: Final = 128
 _BODY_SECONDS: Final = 30
@@ -74,22 +78,113 @@ async def read_events(request: web.Request) -> web.StreamResponse:
 
 
 async def change_run(request: web.Request) -> web.Response:
-    """`POST /v1/runs/{run_id}:cancel`: 202 once the wish is durable. Other verbs come later."""
-    verb = request.match_info["verb"]
-    if verb in _LATER_VERBS:
-        raise MainspringError(
-            Reason.NOT_IMPLEMENTED,
-            f"{verb} is part of the contract but not of this release: see the changelog for when it comes.",
-            method=verb,
-        )
-    if verb != "cancel":
+    """`POST /v1/runs/{run_id}:{verb}`: 202 once the wish is durable; of retry and fork 201 once the new run is.
+
+    An `Idempotency-Key` makes the wish the same as an earlier one under that key.
+    """
+    run_id, verb = request.match_info["run_id"], request.match_info["verb"]
+    change = _CHANGES.get(verb)
+    if change is None:
         raise web.HTTPNotFound
-    gateway, principal = _admit(request, access.CANCEL_RUN)
-    run_id = commands.run_id_of(request.match_info["run_id"])
-    body = await _body(request, _JSON) if request.body_exists else b"{}"
-    reason = commands.read_cancel_reason(commands.decode_object(body or b"{}"))
-    await gateway.peers.cancel_run(_context(request, principal, run_id=run_id), run_id=run_id, reason=reason)
+    method, act = change
+    gateway, principal = _admit(request, method)
+    run_id = commands.run_id_of(run_id)
+    fields = commands.decode_object((await _body(request, _JSON) if request.body_exists else b"") or b"{}")
+    return await act(Wish(gateway, _context(request, principal, run_id=run_id), _idempotency_key(request)), fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What somebody asks of the context's run; `request_id` is empty where the request has no key."""
+
+    gateway: Gateway
+    context: UserExecutionContext
+    request_id: str
+
+
+Change = Callable[[Wish, commands.Fields], Awaitable[web.Response]]
+
+
+async def _control(verb: str, wish: Wish, fields: commands.Fields) -> web.Response:
+    reason = commands.read_reason(fields, known=() if verb == "resume" else ("reason",))
+    run_id = wish.context.run_id
+    await wish.gateway.peers.control_run(wish.context, verb, run_id=run_id, reason=reason, request_id=wish.request_id)
     return _json(orjson.dumps({"run_id": run_id}), status=202)
+
+
+async def _signal(wish: Wish, fields: commands.Fields) -> web.Response:
+    signal = commands.read_signal(fields, wish.context.run_id)
+    asked = execution_pb2.SignalRunRequest(
+        run_id=signal.run_id, name=signal.name, data=signal.data, request_id=wish.request_id
+    )
+    await wish.gateway.peers.signal_run(wish.context, asked)
+    return _json(orjson.dumps({"run_id": signal.run_id}), status=202)
+
+
+async def _retry(wish: Wish, fields: commands.Fields) -> web.Response:
+    commands.read_reason(fields, known=())
+    wish.gateway.refuse_when_draining()
+    run_id = wish.context.run_id
+    made = await wish.gateway.peers.retry_run(wish.context, run_id=run_id, request_id=wish.request_id)
+    return _made(made.run_id, made.state)
+
+
+async def _fork(wish: Wish, fields: commands.Fields) -> web.Response:
+    asked = commands.read_fork(fields, wish.context.run_id)
+    asked.request_id = wish.request_id
+    wish.gateway.refuse_when_draining()
+    made = await wish.gateway.peers.fork_run(wish.context, asked)
+    return _made(made.run_id, made.state)
+
+
+def _made(run_id: str, state: int) -> web.Response:
+    response = _json(orjson.dumps({"run_id": run_id, "state": resources.state_text(state)}), status=201)
+    response.headers[hdrs.LOCATION] = f"/v1/runs/{run_id}"
+    return response
+
+
+async def explain_run(request: web.Request) -> web.Response:
+    """`GET /v1/runs/{run_id}:explain`: the run, and why it does not go on."""
+    gateway, principal = _admit(request, access.EXPLAIN_RUN)
+    run_id = commands.run_id_of(request.match_info["run_id"])
+    return _json(resources.explanation(await gateway.peers.explain_run(_context(request, principal), run_id)))
+
+
+async def list_approvals(request: web.Request) -> web.Response:
+    """`GET /v1/approvals`: a page of the approvals that the user may answer, newest first."""
+    gateway, principal = _admit(request, access.LIST_APPROVALS)
+    question = queries.list_approvals_request(_query(request))
+    return _json(resources.approvals_page(await gateway.peers.list_approvals(_context(request, principal), question)))
+
+
+async def get_approval(request: web.Request) -> web.Response:
+    """`GET /v1/approvals/{approval_id}`."""
+    gateway, principal = _admit(request, access.GET_APPROVAL)
+    approval_id = commands.approval_id_of(request.match_info["approval_id"])
+    approval = await gateway.peers.get_approval(_context(request, principal), approval_id)
+    return _json(orjson.dumps(resources.approval_data(approval)))
+
+
+async def resolve_approval(request: web.Request) -> web.Response:
+    """`POST /v1/approvals/{approval_id}:resolve`: 202 once the answer is durable; the first one counts."""
+    gateway, principal = _admit(request, access.RESOLVE_APPROVAL)
+    fields = commands.decode_object(await _body(request, _JSON))
+    answer = commands.read_answer(fields, request.match_info["approval_id"])
+    asked = execution_pb2.ResolveApprovalRequest(
+        approval_id=answer.approval_id,
+        decision=answer.decision,
+        data=answer.data,
+        request_id=_idempotency_key(request),
+    )
+    resolved = await gateway.peers.resolve_approval(_context(request, principal), asked)
+    return _json(orjson.dumps({"approval_id": answer.approval_id, "run_id": resolved.run_id}), status=202)
+
+
+async def list_run_metrics(request: web.Request) -> web.Response:
+    """`GET /v1/metrics/runs`: a page of what the tenant's ended runs cost, newest first."""
+    gateway, principal = _admit(request, access.LIST_RUN_METRICS)
+    question = queries.list_run_metrics_request(_query(request))
+    return _json(resources.metrics_page(await gateway.peers.list_run_metrics(_context(request, principal), question)))
 
 
 async def list_sessions(request: web.Request) -> web.Response:
@@ -217,6 +312,14 @@ def _idempotency_key(request: web.Request) -> str:
 
 def _query(request: web.Request) -> queries.Query:
     return {name: request.query.getall(name) for name in request.query}
+
+
+_CHANGES: Final[Mapping[str, tuple[MethodDescriptor, Change]]] = {
+    **{verb: (method, partial(_control, verb)) for verb, method in _CONTROLS.items()},
+    "signal": (access.SIGNAL_RUN, _signal),
+    "retry": (access.RETRY_RUN, _retry),
+    "fork": (access.FORK_RUN, _fork),
+}
 
 
 def _json(body: bytes, *, status: int = 200) -> web.Response:

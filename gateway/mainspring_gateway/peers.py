@@ -65,10 +65,67 @@ class Peers:
         ready = grpc.ChannelConnectivity.READY
         return {name: peer.channel.get_state(try_to_connect=True) is ready for name, peer in peers.items()}
 
-    async def cancel_run(self, context: UserExecutionContext, *, run_id: str, reason: str) -> None:
-        """Asks for the end of a run; durable when answered."""
-        request = execution_pb2.CancelRunRequest(run_id=run_id, reason=reason)
-        await _answer("execution", self._execution.CancelRun(request, **self.execution.call(context)))
+    async def control_run(
+        self, context: UserExecutionContext, verb: str, *, run_id: str, reason: str = "", request_id: str = ""
+    ) -> None:
+        """Asks a run to `cancel`, `pause` or `resume`; durable when answered."""
+        options = self.execution.call(context)
+        call: Awaitable[object]
+        if verb == "resume":
+            resume = execution_pb2.ResumeRunRequest(run_id=run_id, request_id=request_id)
+            call = self._execution.ResumeRun(resume, **options)
+        elif verb == "pause":
+            pause = execution_pb2.PauseRunRequest(run_id=run_id, reason=reason, request_id=request_id)
+            call = self._execution.PauseRun(pause, **options)
+        else:
+            cancel = execution_pb2.CancelRunRequest(run_id=run_id, reason=reason, request_id=request_id)
+            call = self._execution.CancelRun(cancel, **options)
+        await _answer("execution", call)
+
+    async def signal_run(self, context: UserExecutionContext, request: execution_pb2.SignalRunRequest) -> None:
+        """Sends a run a signal; durable when answered."""
+        await _answer("execution", self._execution.SignalRun(request, **self.execution.call(context)))
+
+    async def resolve_approval(
+        self, context: UserExecutionContext, request: execution_pb2.ResolveApprovalRequest
+    ) -> execution_pb2.ResolveApprovalResponse:
+        """Answers an approval; durable when answered."""
+        return await _answer("execution", self._execution.ResolveApproval(request, **self.execution.call(context)))
+
+    async def retry_run(
+        self, context: UserExecutionContext, *, run_id: str, request_id: str = ""
+    ) -> execution_pb2.RetryRunResponse:
+        """Starts an ended run again."""
+        request = execution_pb2.RetryRunRequest(run_id=run_id, request_id=request_id)
+        return await _answer("execution", self._execution.RetryRun(request, **self.execution.call(context)))
+
+    async def fork_run(
+        self, context: UserExecutionContext, request: execution_pb2.ForkRunRequest
+    ) -> execution_pb2.ForkRunResponse:
+        """Starts a run from an event of another."""
+        return await _answer("execution", self._execution.ForkRun(request, **self.execution.call(context)))
+
+    async def explain_run(self, context: UserExecutionContext, run_id: str) -> execution_pb2.ExplainRunResponse:
+        """Says why a run does not go on."""
+        request = execution_pb2.ExplainRunRequest(run_id=run_id)
+        return await _answer("execution", self._execution.ExplainRun(request, **self.execution.call(context)))
+
+    async def get_approval(self, context: UserExecutionContext, approval_id: str) -> types_pb2.Approval:
+        """Reads an approval."""
+        request = state_pb2.GetApprovalRequest(approval_id=approval_id)
+        return (await _answer("state", self._state.GetApproval(request, **self.state.call(context)))).approval
+
+    async def list_approvals(
+        self, context: UserExecutionContext, request: state_pb2.ListApprovalsRequest
+    ) -> state_pb2.ListApprovalsResponse:
+        """Lists approvals that the user may answer."""
+        return await _answer("state", self._state.ListApprovals(request, **self.state.call(context)))
+
+    async def list_run_metrics(
+        self, context: UserExecutionContext, request: state_pb2.ListRunMetricsRequest
+    ) -> state_pb2.ListRunMetricsResponse:
+        """Lists what the tenant's runs cost."""
+        return await _answer("state", self._state.ListRunMetrics(request, **self.state.call(context)))
 
     async def get_run(self, context: UserExecutionContext, run_id: str) -> types_pb2.Run:
         """Reads a run."""

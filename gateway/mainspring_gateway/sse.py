@@ -14,7 +14,7 @@ from mainspring_kit.identity import Principal, UserExecutionContext
 from mainspring_gateway import metrics
 from mainspring_gateway.core import queries
 from mainspring_gateway.core.events import EncodedEvent, sse_block
-from mainspring_gateway.core.feeds import Follow
+from mainspring_gateway.core.follows import Follow
 from mainspring_gateway.gateway import BEGUN, Gateway, slow_consumer
 
 MEDIA_TYPE: Final = "text/event-stream"
@@ -79,6 +79,12 @@ class EventStream:
         self._blocks.append(block)
         self._queued_bytes += len(block)
         self._changed.set()
+
+    def show_text(self, follow: Follow) -> None:
+        """Unfinished text is for sockets: an event stream is the log alone."""
+
+    def branch(self, parent: Follow, run_id: str) -> None:
+        """An event stream is one run's; its sub-runs have their own."""
 
     def end(self, follow: Follow, error: MainspringError | None) -> None:
         """Ends the stream after what is queued. After a failure the client comes again by itself."""

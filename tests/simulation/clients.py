@@ -12,7 +12,7 @@ import orjson
 from mainspring.v1 import state_pb2, types_pb2
 from mainspring_gateway.core.commands import Start
 from mainspring_gateway.core.events import EncodedEvent
-from mainspring_gateway.core.feeds import Follow
+from mainspring_gateway.core.follows import Follow
 from mainspring_gateway.engine import Engine, started
 from mainspring_kit.errors import MainspringError
 from mainspring_kit.identity import UserExecutionContext
@@ -85,6 +85,12 @@ class Client:
         if event.is_terminal:
             self.has_ended = True
             self._on_done()
+
+    def show_text(self, follow: Follow) -> None:
+        """There is unfinished text; it is nobody's promise."""
+
+    def branch(self, parent: Follow, run_id: str) -> None:
+        """A sub-run was announced."""
 
     def end(self, follow: Follow, error: MainspringError | None) -> None:
         """A follow is over."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
+from google.protobuf.timestamp_pb2 import Timestamp
+from mainspring.v1 import execution_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, Reason, Violation
 
 from mainspring_gateway.core.frames import FrameId
@@ -21,8 +24,8 @@ _RUN_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _INTEGERS: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"|-?\d+(?:\.\d+|[eE])[-+\deE]*|(-?\d{19,})')
 # A tenth of a second for a MiB of short texts: only where it may find something.
 _MANY_DIGITS: Final = re.compile(r"\d{19}")
+_APPROVAL_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.[0-9]{1,18}")
 # Part of the protocol, but not of this release.
-_LATER_OPS: Final = frozenset({"pause", "resume", "retry", "signal", "approve"})
 _LATER_FOLLOW_FIELDS: Final = ("scope", "after", "since")
 
 # A JSON object as parsed: Any.
@@ -56,6 +59,8 @@ class Start:
     input: bytes
     session_id: str
     idempotency_key: str
+    priority: int | None = None
+    start_time: Timestamp | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +81,41 @@ class UnfollowRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
-    """Ask for the end of a run."""
+class Control:
+    """Ask for the end of a run, for a halt, or to let it go on: `verb` is cancel, pause or resume."""
+
+    frame_id: FrameId
+    verb: str
+    run_id: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Start an ended run again, and show the new one's events."""
 
     frame_id: FrameId
     run_id: str
-    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Send a run something to take. `data` is JSON; empty: nothing."""
+
+    frame_id: FrameId
+    run_id: str
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Approve:
+    """Answer an approval. `data` is JSON; empty: nothing."""
+
+    frame_id: FrameId
+    approval_id: str
+    decision: types_pb2.ApprovalDecision.ValueType
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +125,7 @@ class Ping:
     frame_id: FrameId
 
 
-Command = Hello | Renewal | Start | FollowRun | UnfollowRun | Cancel | Ping
+Command = Hello | Renewal | Start | FollowRun | UnfollowRun | Control | Retry | Signal | Approve | Ping
 
 
 def decode_object(data: bytes | str) -> Fields:
@@ -118,14 +152,12 @@ def frame_id_of(fields: Fields) -> FrameId:
 
 
 def read_command(fields: Fields) -> Command:
-    """Reads a client frame; REQUEST_INVALID names the field that is unknown or wrong, NOT_IMPLEMENTED a later op."""
+    """Reads a client frame; REQUEST_INVALID names the field that is unknown or wrong."""
     op = fields.get("op")
     if not isinstance(op, str):
         raise _invalid("op", "must be a text that names what to do")
     if "id" in fields and frame_id_of(fields) is None:
         raise _invalid("id", f"must be a text of at most {_FRAME_ID_CHARACTERS_MAX} characters or a whole number")
-    if op in _LATER_OPS:
-        raise _later(op)
     if op not in _READERS:
         raise _invalid("op", f"{op[:32]!r} is not known here; known are {', '.join(sorted(_READERS))}")
     known, read = _READERS[op]
@@ -147,16 +179,45 @@ def read_start(fields: Fields, *, idempotency_key: str = "") -> Start:
         agent=_text(fields, "agent", characters_max=63, is_required=True),
         alias=_text(fields, "alias", characters_max=63),
         version=_text(fields, "version", characters_max=20),
-        input=_json(value),
+        input=_json("input", value),
         session_id=_text(fields, "session_id", characters_max=128),
         idempotency_key=given or idempotency_key,
+        priority=_whole(fields, "priority", least=-100, most=100) if "priority" in fields else None,
+        start_time=_time(fields, "start_time"),
     )
 
 
-def read_cancel_reason(fields: Fields) -> str:
-    """Reads the body of a cancel."""
-    _refuse_unknown(fields, ("reason",))
+def read_reason(fields: Fields, *, known: tuple[str, ...] = ("reason",)) -> str:
+    """Reads the body of a cancel or a pause; of a resume or a retry, which have nothing to say, with `known` empty."""
+    _refuse_unknown(fields, known)
     return _text(fields, "reason", characters_max=1_000)
+
+
+def read_signal(fields: Fields, run_id: str) -> Signal:
+    """Reads the fields of a signal."""
+    _refuse_unknown(fields, ("op", "id", "run_id", "name", "data"))
+    name = _text(fields, "name", characters_max=100, is_required=True)
+    return Signal(frame_id_of(fields), run_id, name, _data(fields))
+
+
+def read_answer(fields: Fields, approval_id: object) -> Approve:
+    """Reads the fields of an answer to an approval."""
+    _refuse_unknown(fields, ("op", "id", "approval_id", "decision", "data"))
+    decision = _DECISIONS.get(_text(fields, "decision", characters_max=16, is_required=True))
+    if decision is None:
+        raise _invalid("decision", "must be allow or deny")
+    return Approve(frame_id_of(fields), approval_id_of(approval_id), decision, _data(fields))
+
+
+def read_fork(fields: Fields, run_id: str) -> execution_pb2.ForkRunRequest:
+    """Reads the body of a fork: `seq`, and where they differ from the source's `session_id` and `version`."""
+    _refuse_unknown(fields, ("seq", "session_id", "version"))
+    return execution_pb2.ForkRunRequest(
+        run_id=run_id,
+        seq=_whole(fields, "seq", least=1, most=SEQ_MAX),
+        session_id=_text(fields, "session_id", characters_max=128),
+        version=_text(fields, "version", characters_max=20),
+    )
 
 
 def run_id_of(text: object) -> str:
@@ -170,35 +231,52 @@ def run_id_of(text: object) -> str:
     )
 
 
+def approval_id_of(text: object) -> str:
+    """An approval's id in its one form: `<run id>.<seq>`; APPROVAL_NOT_FOUND for what can't be one."""
+    if isinstance(text, str) and _APPROVAL_ID.fullmatch(approval_id := text.lower()):
+        return approval_id
+    raise MainspringError(
+        Reason.APPROVAL_NOT_FOUND,
+        f"No approval {str(text)[:64]!r} is visible to you: check the id, and whose token you use.",
+        approval_id=str(text)[:64],
+    )
+
+
 def seq_of(fields: Fields, name: str) -> int:
     """A seq as a whole number, 0 where it is not given."""
-    seq = fields.get(name, 0)
-    if not isinstance(seq, int) or isinstance(seq, bool) or not 0 <= seq <= SEQ_MAX:
-        raise _invalid(name, "must be a whole number, 0 or more")
-    return seq
+    return _whole(fields, name, least=0, most=SEQ_MAX) if name in fields else 0
 
 
 def _read_follow(fields: Fields) -> FollowRun:
     if "session_id" in fields or any(name in fields for name in _LATER_FOLLOW_FIELDS):
         raise _later("follow by session or user")
-    run_id = run_id_of(_text(fields, "run_id", characters_max=128, is_required=True))
-    return FollowRun(frame_id_of(fields), run_id, seq_of(fields, "after_seq"))
+    return FollowRun(frame_id_of(fields), _run_id(fields), seq_of(fields, "after_seq"))
 
 
-def _read_unfollow(fields: Fields) -> UnfollowRun:
-    return UnfollowRun(frame_id_of(fields), run_id_of(_text(fields, "run_id", characters_max=128, is_required=True)))
+def _read_control(fields: Fields) -> Control:
+    reason = _text(fields, "reason", characters_max=1_000)
+    return Control(frame_id_of(fields), fields["op"], _run_id(fields), reason)
 
 
-def _read_cancel(fields: Fields) -> Cancel:
-    run_id = run_id_of(_text(fields, "run_id", characters_max=128, is_required=True))
-    return Cancel(frame_id_of(fields), run_id, _text(fields, "reason", characters_max=1_000))
+def _run_id(fields: Fields) -> str:
+    return run_id_of(_text(fields, "run_id", characters_max=128, is_required=True))
 
 
 def _token(fields: Fields) -> str:
     return _text(fields, "token", characters_max=TOKEN_CHARACTERS_MAX, is_required=True)
 
 
-_START_FIELDS: Final = ("agent", "alias", "version", "input", "session_id", "idempotency_key")
+_DECISIONS: Final = {"allow": types_pb2.APPROVAL_DECISION_ALLOW, "deny": types_pb2.APPROVAL_DECISION_DENY}
+_START_FIELDS: Final = (
+    "agent",
+    "alias",
+    "version",
+    "input",
+    "session_id",
+    "idempotency_key",
+    "priority",
+    "start_time",
+)
 # op -> the fields it may have besides `op` and `id`, and its reader.
 _READERS: Final[dict[str, tuple[tuple[str, ...], Callable[[Fields], Command]]]] = {
     "hello": (("token",), lambda fields: Hello(frame_id_of(fields), _token(fields))),
@@ -206,16 +284,46 @@ _READERS: Final[dict[str, tuple[tuple[str, ...], Callable[[Fields], Command]]]] 
     "ping": ((), lambda fields: Ping(frame_id_of(fields))),
     "start": (_START_FIELDS, read_start),
     "follow": (("run_id", "after_seq", "session_id", *_LATER_FOLLOW_FIELDS), _read_follow),
-    "unfollow": (("run_id",), _read_unfollow),
-    "cancel": (("run_id", "reason"), _read_cancel),
+    "unfollow": (("run_id",), lambda fields: UnfollowRun(frame_id_of(fields), _run_id(fields))),
+    "cancel": (("run_id", "reason"), _read_control),
+    "pause": (("run_id", "reason"), _read_control),
+    "resume": (("run_id",), _read_control),
+    "retry": (("run_id",), lambda fields: Retry(frame_id_of(fields), _run_id(fields))),
+    "signal": (("run_id", "name", "data"), lambda fields: read_signal(fields, _run_id(fields))),
+    "approve": (("approval_id", "decision", "data"), lambda fields: read_answer(fields, fields.get("approval_id"))),
 }
 
 
-def _json(value: Fields) -> bytes:
+def _data(fields: Fields) -> bytes:
+    return _json("data", fields["data"]) if fields.get("data") is not None else b""
+
+
+def _json(name: str, value: object) -> bytes:
     try:
         return orjson.dumps(value)
     except orjson.JSONEncodeError as error:
-        raise _invalid("input", f"cannot be passed on: {error}") from error
+        raise _invalid(name, f"cannot be passed on: {error}") from error
+
+
+def _whole(fields: Fields, name: str, *, least: int, most: int) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise _invalid(name, f"must be a whole number from {least} to {most}")
+    return value
+
+
+def _time(fields: Fields, name: str) -> Timestamp | None:
+    if name not in fields:
+        return None
+    try:
+        time = datetime.fromisoformat(_text(fields, name, characters_max=64, is_required=True))
+        if time.tzinfo is not None:
+            found = Timestamp()
+            found.FromDatetime(time.astimezone(UTC))
+            return found
+    except (ValueError, OverflowError) as error:
+        raise _invalid(name, "must be a time as RFC 3339 writes it, such as 2026-11-24T03:06:12Z") from error
+    raise _invalid(name, "must say its zone: end it with Z or an offset such as +01:00")
 
 
 def _text(fields: Fields, name: str, *, characters_max: int, is_required: bool = False) -> str:

@@ -20,18 +20,27 @@ from mainspring_gateway.core.frames import text_frame
 Data = dict[str, Any]
 
 TERMINAL_TYPES: Final = frozenset({"agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"})
+# After these no text of an earlier model step can follow; agent_thinking ends its own step's alone.
+_TEXT_ENDS: Final = TERMINAL_TYPES | {"agent_paused", "agent_waiting", "agent_handed_off", "run_recovered"}
 # What a payload that this release does not know is called, where the writer says that it may be skipped.
 UNKNOWN_TYPE: Final = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedEvent:
-    """An event ready to send: its JSON, the same as a WebSocket frame, and whether it is the run's last."""
+    """An event ready to send: its JSON, the same as a WebSocket frame, and what it says of the run's course.
+
+    `step`: the model step that it ended, or 0. `ends_text`: no text of an earlier step can follow. `sub_run_id`: the
+    run that it announces, or empty.
+    """
 
     seq: int
     payload: bytes
     frame: bytes
     is_terminal: bool
+    step: int = 0
+    ends_text: bool = False
+    sub_run_id: str = ""
 
 
 def encode(event: pb.RunEvent) -> EncodedEvent:
@@ -40,22 +49,31 @@ def encode(event: pb.RunEvent) -> EncodedEvent:
     if kind == UNKNOWN_TYPE and not event.safe_to_skip:
         raise _unshowable(event, "it is of a later release than this gateway; update the gateway")
     try:
-        payload = orjson.dumps(
-            {
-                "op": "event",
-                "type": kind,
-                "run_id": event.run_id,
-                "seq": event.seq,
-                "event_time": time_text(event.event_time),
-                "session_id": event.session_id,
-                "agent": event.agent,
-                "trace_id": event.trace_id,
-                "data": _DATA[kind](event),
-            }
-        )
+        fields: Data = {
+            "op": "event",
+            "type": kind,
+            "run_id": event.run_id,
+            "seq": event.seq,
+            "event_time": time_text(event.event_time),
+            "session_id": event.session_id,
+            "agent": event.agent,
+            "trace_id": event.trace_id,
+        }
+        if event.source_seq:
+            fields["source_seq"] = event.source_seq
+        fields["data"] = _DATA[kind](event)
+        payload = orjson.dumps(fields)
     except (TypeError, ValueError, OverflowError) as error:
         raise _unshowable(event, f"a value of it has no place in JSON: {error}") from error
-    return EncodedEvent(event.seq, payload, text_frame(payload), kind in TERMINAL_TYPES)
+    return EncodedEvent(
+        event.seq,
+        payload,
+        text_frame(payload),
+        kind in TERMINAL_TYPES,
+        step=event.agent_thinking.step,
+        ends_text=kind in _TEXT_ENDS,
+        sub_run_id=event.tool_executing.sub_run_id,
+    )
 
 
 def is_terminal(event: pb.RunEvent) -> bool:
@@ -101,6 +119,16 @@ def stages_data(stages: Sequence[types_pb2.Stage]) -> list[Data]:
     return [{"name": stage.name, "duration_ms": stage.duration_ms} for stage in stages]
 
 
+def approval_kind(kind: int) -> str:
+    """Why a person is asked."""
+    return _KINDS.get(kind, UNKNOWN_TYPE)
+
+
+def decision_text(decision: int) -> str:
+    """What became of an approval; `open`: nothing yet."""
+    return _DECISIONS.get(decision, UNKNOWN_TYPE) if decision else "open"
+
+
 def _unshowable(event: pb.RunEvent, why: str) -> MainspringError:
     return MainspringError(
         Reason.INTERNAL,
@@ -127,6 +155,10 @@ def _started(event: pb.RunEvent) -> Data:
         data["parent_run_id"] = event.parent_run_id
     if event.root_run_id:
         data["root_run_id"] = event.root_run_id
+    if started.source_run_id:
+        data["source_run_id"] = started.source_run_id
+    if started.source_seq:
+        data["source_seq"] = started.source_seq
     return data
 
 
@@ -143,13 +175,18 @@ def _thinking(event: pb.RunEvent) -> Data:
 
 def _executing(event: pb.RunEvent) -> Data:
     executing = event.tool_executing
-    return {
+    data: Data = {
         "call_id": executing.call_id,
         "tool": executing.tool,
         "arguments": leaf(executing.arguments),
         "effect": _EFFECTS.get(executing.effect, UNKNOWN_TYPE),
         "attempt": executing.attempt,
     }
+    if executing.HasField("wake_time"):
+        data["wake_time"] = time_text(executing.wake_time)
+    if executing.sub_run_id:
+        data["sub_run_id"] = executing.sub_run_id
+    return data
 
 
 def _outcome(event: pb.RunEvent) -> Data:
@@ -207,7 +244,81 @@ def _recovered(event: pb.RunEvent) -> Data:
         "attempt": recovered.attempt,
         "executor": recovered.executor,
         "lost_calls": list(recovered.lost_calls),
+        "handed_back": recovered.handed_back,
     }
+
+
+def _paused(event: pb.RunEvent) -> Data:
+    return {"requested_by": event.agent_paused.requested_by, "reason": event.agent_paused.reason}
+
+
+def _resumed(event: pb.RunEvent) -> Data:
+    return {"requested_by": event.agent_resumed.requested_by}
+
+
+def _waiting(event: pb.RunEvent) -> Data:
+    waiting = event.agent_waiting
+    data: Data = {
+        "for": _WAITS.get(waiting.wait_for, UNKNOWN_TYPE),
+        "detail": waiting.detail,
+        "call_ids": list(waiting.call_ids),
+    }
+    if waiting.HasField("until"):
+        data["until"] = time_text(waiting.until)
+    return data
+
+
+def _requested(event: pb.RunEvent) -> Data:
+    asked = event.approval_requested
+    data: Data = {
+        "approval_id": asked.approval_id,
+        "kind": approval_kind(asked.kind),
+        "title": asked.title,
+        "arguments": leaf(asked.arguments),
+        "answer_schema": leaf(asked.answer_schema),
+        "role": asked.role,
+        "call_id": asked.call_id,
+    }
+    if asked.HasField("expires_time"):
+        data["expires_time"] = time_text(asked.expires_time)
+    return data
+
+
+def _resolved(event: pb.RunEvent) -> Data:
+    resolved = event.approval_resolved
+    return {
+        "approval_id": resolved.approval_id,
+        "decision": decision_text(resolved.decision),
+        "data": leaf(resolved.data),
+        "by": resolved.by,
+    }
+
+
+def _signalled(event: pb.RunEvent) -> Data:
+    signal = event.signal_received
+    return {"name": signal.name, "data": leaf(signal.data), "by": signal.by}
+
+
+def _handed_off(event: pb.RunEvent) -> Data:
+    handed = event.agent_handed_off
+    return {
+        "from": handed.from_agent,
+        "to": handed.to_agent,
+        "to_version": handed.to_version,
+        "reason": handed.reason,
+    }
+
+
+def _attempt_failed(event: pb.RunEvent) -> Data:
+    failed = event.attempt_failed
+    data: Data = {"attempt": failed.attempt, "error": error_data(failed.error)}
+    if failed.step:
+        data["step"] = failed.step
+    if failed.call_id:
+        data["call_id"] = failed.call_id
+    if failed.HasField("retry_time"):
+        data["retry_time"] = time_text(failed.retry_time)
+    return data
 
 
 def _names(prefix: str, values: Sequence[tuple[str, int]]) -> dict[int, str]:
@@ -216,6 +327,9 @@ def _names(prefix: str, values: Sequence[tuple[str, int]]) -> dict[int, str]:
 
 _EFFECTS: Final = _names("EFFECT_CLASS_", types_pb2.EffectClass.items())
 _STATUSES: Final = _names("TOOL_STATUS_", types_pb2.ToolStatus.items())
+_WAITS: Final = _names("WAIT_KIND_", types_pb2.WaitKind.items())
+_KINDS: Final = _names("APPROVAL_KIND_", types_pb2.ApprovalKind.items())
+_DECISIONS: Final = _names("APPROVAL_DECISION_", types_pb2.ApprovalDecision.items())
 
 _DATA: Final[dict[str, Callable[[pb.RunEvent], Data]]] = {
     "agent_started": _started,
@@ -227,5 +341,13 @@ _DATA: Final[dict[str, Callable[[pb.RunEvent], Data]]] = {
     "agent_cancelled": _cancelled,
     "agent_timed_out": _timed_out,
     "run_recovered": _recovered,
+    "agent_paused": _paused,
+    "agent_resumed": _resumed,
+    "agent_waiting": _waiting,
+    "approval_requested": _requested,
+    "approval_resolved": _resolved,
+    "signal_received": _signalled,
+    "agent_handed_off": _handed_off,
+    "attempt_failed": _attempt_failed,
     UNKNOWN_TYPE: lambda event: {},
 }

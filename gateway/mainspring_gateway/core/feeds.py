@@ -1,22 +1,23 @@
-"""Who watches which run, and what each has seen: every event once, in order, to whom it belongs. Does no I/O.
+"""The runs that this gateway follows at a state process: every event once, in order, to whom it belongs. Does no I/O.
 
-A feed is one run as this gateway follows it at one state process; a follow is one watcher's view of it. Events that
-come again are dropped by their seq; one that is missing makes the feed subscribe again after the last seq it has.
+A feed is one run as it arrives. Events that come again are dropped by their seq; one that is missing makes the feed
+subscribe again after the last seq it has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import Final
 
 from mainspring.v1 import events_pb2, identity_pb2, state_pb2
 from mainspring_kit.errors import MainspringError, Reason, from_status
 
-from mainspring_gateway.core.events import EncodedEvent, encode
-from mainspring_gateway.core.frames import FrameId
+from mainspring_gateway.core.drafts import Draft
+from mainspring_gateway.core.events import encode
+from mainspring_gateway.core.follows import Follow, RunOwner
 
-# Live events that a follow keeps while the log before them is being read; beyond, they are read from the log, too.
-_HELD_EVENTS_MAX: Final = 256
+# Unfinished text of all feeds together; beyond, the feed whose text would grow shows no more of its step.
+_DRAFT_BYTES_MAX: Final = 64 << 20
 
 # What a subscription may be refused with for reasons that pass.
 _PASSING_CODES: Final = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED"})
@@ -36,92 +37,18 @@ def combine(orders: Iterable[Order]) -> state_pb2.FollowRequest:
     return state_pb2.FollowRequest(subscribe=subscribes.values(), unsubscribe=unsubscribes)
 
 
-class Watcher(Protocol):
-    """Who sees events: a socket or an HTTP stream. It never waits."""
-
-    def show(self, event: EncodedEvent) -> None:
-        """Takes the next event of a run that it follows."""
-
-    def end(self, follow: Follow, error: MainspringError | None) -> None:
-        """The follow is over: its terminal event was shown, or it failed."""
-
-
-class Follow:
-    """One watcher's view of one run. `sent_seq` is the last event it was shown, or began after.
-
-    It `is_over` when nothing more is shown, and `has_ended` when that is because the run's terminal event was.
-    """
-
-    __slots__ = ("_held", "frame_id", "has_ended", "is_over", "run_id", "sent_seq", "tenant_id", "user_id", "watcher")
-
-    def __init__(self, watcher: Watcher, run: RunOwner, *, frame_id: FrameId = None, after_seq: int = 0) -> None:
-        self.watcher = watcher
-        self.run_id = run.run_id
-        self.tenant_id = run.tenant_id
-        self.user_id = run.user_id
-        self.frame_id = frame_id
-        self.sent_seq = after_seq
-        self.is_over = False
-        self.has_ended = False
-        self._held: list[EncodedEvent] | None = None
-
-    def show(self, event: EncodedEvent) -> None:
-        """Shows the event if it is the next one, or keeps it while the log is being read."""
-        if self._held is not None:
-            if len(self._held) < _HELD_EVENTS_MAX:
-                self._held.append(event)
-        elif event.seq == self.sent_seq + 1 and not self.is_over:
-            self.replay(event)
-
-    def replay(self, event: EncodedEvent) -> None:
-        """Shows an event from the log."""
-        if event.seq <= self.sent_seq or self.is_over:
-            return
-        self.sent_seq = event.seq
-        self.watcher.show(event)
-        if event.is_terminal:
-            self.end(None)
-
-    def end(self, error: MainspringError | None) -> None:
-        """Ends the follow, once."""
-        if not self.is_over:
-            self.is_over, self.has_ended = True, error is None
-            self.watcher.end(self, error)
-
-    def hold(self) -> None:
-        """Keeps live events until `release`."""
-        self._held = []
-
-    def release(self) -> None:
-        """Shows what was kept and follows on; a hole in it is the caller's to see by `sent_seq`."""
-        held, self._held = self._held or [], None
-        for event in held:
-            self.show(event)
-
-
-class RunOwner(Protocol):
-    """A run and whose it is."""
-
-    @property
-    def run_id(self) -> str: ...
-
-    @property
-    def tenant_id(self) -> str: ...
-
-    @property
-    def user_id(self) -> str: ...
-
-
 class _Feed:
     """One run as it arrives. While `is_starting`, the start subscribes it; `subscription_id` 0 stands for that."""
 
     __slots__ = (
+        "draft",
         "follower_id",
         "follows",
         "is_starting",
         "last_seq",
         "missed_seq",
         "run_id",
+        "step",
         "subscription_id",
         "tenant_id",
         "user_id",
@@ -136,6 +63,9 @@ class _Feed:
         self.follows: dict[Follow, None] = {}
         self.is_starting = False
         self.subscription_id = 0
+        self.draft: Draft | None = None
+        # The last model step whose end was seen.
+        self.step = 0
         # The highest seq seen beyond a hole while the feed subscribes again; 0: there is no hole.
         self.missed_seq = 0
 
@@ -152,6 +82,7 @@ class Feeds:
         self.state_id = ""
         self.foreign_count = 0
         self.gap_count = 0
+        self._draft_bytes = 0
 
     def __len__(self) -> int:
         return len(self._feeds)
@@ -194,6 +125,7 @@ class Feeds:
         """The run that `begin` named was not started, or is another: forgets it without a word to its watchers."""
         feed = self._feeds.get(run_id)
         if feed is not None and feed.is_starting:
+            self._end_text(feed)
             del self._feeds[run_id]
 
     def hold(self, follow: Follow) -> None:
@@ -218,7 +150,11 @@ class Feeds:
             self.foreign_count += 1
             follow.end(_not_found(follow.run_id))
             return True
-        return follow in feed.follows and follow.sent_seq >= feed.last_seq
+        if follow not in feed.follows or follow.sent_seq < feed.last_seq:
+            return False
+        if feed.draft is not None:
+            follow.show_text(feed.draft)
+        return True
 
     def leave(self, follow: Follow) -> None:
         """The watcher wants to see no more of the run."""
@@ -236,11 +172,13 @@ class Feeds:
             feed = self._feeds.get(delivery.run_id)
             if feed is None:
                 continue
-            if delivery.events and not _is_owner(feed, delivery):
+            if (delivery.events or delivery.deltas) and not _is_owner(feed, delivery):
                 self.foreign_count += 1
                 continue
             for event in delivery.events:
                 self._take(feed, event)
+            for delta in delivery.deltas:
+                self._take_text(feed, delta)
             if delivery.subscription_id == feed.subscription_id:
                 if delivery.status.code:
                     self._break(feed, from_status(delivery.status))
@@ -271,10 +209,38 @@ class Feeds:
             self._fail(feed, error)
             return
         feed.last_seq = seq
+        feed.step = encoded.step or feed.step
+        if feed.draft is not None and (encoded.ends_text or feed.draft.step <= feed.step):
+            self._end_text(feed)
         for follow in tuple(feed.follows):
             follow.show(encoded)
         if encoded.is_terminal:
             self._feeds.pop(feed.run_id, None)
+
+    def _take_text(self, feed: _Feed, delta: events_pb2.TextDelta) -> None:
+        """Unfinished text: what comes after its step's end, or without what is before it, is of no use."""
+        if delta.step <= feed.step:
+            return
+        if not delta.offset:
+            self._end_text(feed)
+            feed.draft = Draft(feed.run_id, delta.step)
+        draft = feed.draft
+        if draft is None or draft.step != delta.step or delta.offset > draft.length:
+            return
+        size_bytes = draft.size_bytes
+        draft.add(delta.text[draft.length - delta.offset :])
+        self._draft_bytes += draft.size_bytes - size_bytes
+        if self._draft_bytes > _DRAFT_BYTES_MAX:
+            self._end_text(feed)
+            return
+        for follow in tuple(feed.follows):
+            follow.show_text(draft)
+
+    def _end_text(self, feed: _Feed) -> None:
+        if feed.draft is not None:
+            self._draft_bytes -= feed.draft.size_bytes
+            feed.draft.end()
+            feed.draft = None
 
     def _mend(self, feed: _Feed) -> None:
         """A subscription has caught up: if a hole is left, subscribes once more."""
@@ -290,6 +256,7 @@ class Feeds:
             self._fail(feed, error)
 
     def _fail(self, feed: _Feed, error: MainspringError) -> None:
+        self._end_text(feed)
         self._feeds.pop(feed.run_id, None)
         for follow in tuple(feed.follows):
             follow.end(error)
@@ -311,6 +278,7 @@ class Feeds:
         )
 
     def _drop(self, feed: _Feed) -> None:
+        self._end_text(feed)
         del self._feeds[feed.run_id]
         if self._put is not None:
             self._put(state_pb2.Unsubscribe(subscription_id=feed.subscription_id, run_id=feed.run_id))

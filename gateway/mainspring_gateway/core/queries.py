@@ -19,13 +19,14 @@ Query = Mapping[str, list[str]]
 
 
 def list_runs_request(query: Query) -> state_pb2.ListRunsRequest:
-    """`page_size`, `page_token`, `session_id`, `agent`, and `state` any number of times."""
-    _refuse_unknown(query, ("page_size", "page_token", "session_id", "agent", "state"))
+    """`page_size`, `page_token`, `session_id`, `agent`, `parent_run_id`, and `state` any number of times."""
+    _refuse_unknown(query, ("page_size", "page_token", "session_id", "agent", "parent_run_id", "state"))
     return state_pb2.ListRunsRequest(
         page_size=_whole(query, "page_size", most=_PAGE_SIZE_MAX),
         page_token=_single(query, "page_token"),
         session_id=_single(query, "session_id"),
         agent=_single(query, "agent"),
+        parent_run_id=_single(query, "parent_run_id"),
         states=[_state(name) for name in query.get("state", ())],
     )
 
@@ -36,6 +37,37 @@ def list_sessions_request(query: Query) -> state_pb2.ListSessionsRequest:
     return state_pb2.ListSessionsRequest(
         page_size=_whole(query, "page_size", most=_PAGE_SIZE_MAX), page_token=_single(query, "page_token")
     )
+
+
+def list_approvals_request(query: Query) -> state_pb2.ListApprovalsRequest:
+    """`page_size`, `page_token`, `run_id`, and `include_resolved=true`."""
+    _refuse_unknown(query, ("page_size", "page_token", "run_id", "include_resolved"))
+    include_resolved = _single(query, "include_resolved") or "false"
+    if include_resolved not in ("true", "false"):
+        raise _invalid("include_resolved", "must be true or false")
+    return state_pb2.ListApprovalsRequest(
+        page_size=_whole(query, "page_size", most=_PAGE_SIZE_MAX),
+        page_token=_single(query, "page_token"),
+        run_id=_single(query, "run_id"),
+        include_resolved=include_resolved == "true",
+    )
+
+
+def list_run_metrics_request(query: Query) -> state_pb2.ListRunMetricsRequest:
+    """`page_size`, `page_token`, `agent`, `run_id`, and `since`, a time as RFC 3339 writes it."""
+    _refuse_unknown(query, ("page_size", "page_token", "agent", "run_id", "since"))
+    request = state_pb2.ListRunMetricsRequest(
+        page_size=_whole(query, "page_size", most=_PAGE_SIZE_MAX),
+        page_token=_single(query, "page_token"),
+        agent=_single(query, "agent"),
+        run_id=_single(query, "run_id"),
+    )
+    if since := _single(query, "since"):
+        try:
+            request.since.FromJsonString(since)
+        except ValueError as error:
+            raise _invalid("since", "must be a time as RFC 3339 writes it, such as 2026-11-24T03:06:12Z") from error
+    return request
 
 
 def list_tools_request(query: Query) -> registry_pb2.ListToolsRequest:

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import orjson
-from mainspring.v1 import registry_pb2, state_pb2, types_pb2
+from mainspring.v1 import execution_pb2, registry_pb2, state_pb2, types_pb2
 
-from mainspring_gateway.core.events import Data, encode, error_data, leaf, stages_data, time_text, usage_data
+from mainspring_gateway.core.events import (
+    Data,
+    approval_kind,
+    decision_text,
+    encode,
+    error_data,
+    leaf,
+    stages_data,
+    time_text,
+    usage_data,
+)
 
 
 def state_text(state: int) -> str:
@@ -36,8 +46,9 @@ def run_data(run: types_pb2.Run) -> Data:
         data["usage"] = usage_data(run.usage)
     if run.stages:
         data["stages"] = stages_data(run.stages)
-    if run.parent_run_id:
-        data["parent_run_id"] = run.parent_run_id
+    for field in ("parent_run_id", "source_run_id", "depth", "attempt", "priority"):
+        if value := getattr(run, field):
+            data[field] = value
     for name in ("create_time", "start_time", "end_time", "released_time", "deadline"):
         if run.HasField(name):
             data[name] = time_text(getattr(run, name))
@@ -47,6 +58,87 @@ def run_data(run: types_pb2.Run) -> Data:
 def runs_page(page: state_pb2.ListRunsResponse) -> bytes:
     """A page of runs, newest first."""
     return orjson.dumps({"runs": [run_data(run) for run in page.runs], "next_page_token": page.next_page_token})
+
+
+def explanation(answer: execution_pb2.ExplainRunResponse) -> bytes:
+    """A run, why it does not go on, and who holds it."""
+    holds = [hold_data(hold) for hold in answer.holds]
+    return orjson.dumps({"run": run_data(answer.run), "holds": holds, "executor_id": answer.executor_id})
+
+
+def hold_data(hold: types_pb2.Hold) -> Data:
+    """One reason why a run does not go on, or what it is doing."""
+    data: Data = {
+        "kind": types_pb2.HoldKind.Name(hold.kind).removeprefix("HOLD_KIND_").lower(),
+        "detail": hold.detail,
+    }
+    if hold.run_ids:
+        data["run_ids"] = list(hold.run_ids)
+    if hold.HasField("until"):
+        data["until"] = time_text(hold.until)
+    for field in ("approval_id", "cap", "limit", "call_id", "position"):
+        if value := getattr(hold, field):
+            data[field] = value
+    return data
+
+
+def approval_data(approval: types_pb2.Approval) -> Data:
+    """A question to a person, and what became of it."""
+    data: Data = {
+        "approval_id": approval.approval_id,
+        "run_id": approval.run_id,
+        "user_id": approval.user_id,
+        "session_id": approval.session_id,
+        "agent": approval.agent,
+        "kind": approval_kind(approval.kind),
+        "title": approval.title,
+        "arguments": leaf(approval.arguments),
+        "answer_schema": leaf(approval.answer_schema),
+        "role": approval.role,
+        "decision": decision_text(approval.decision),
+    }
+    for name in ("create_time", "expires_time", "resolve_time"):
+        if approval.HasField(name):
+            data[name] = time_text(getattr(approval, name))
+    if approval.decision:
+        data |= {"data": leaf(approval.data), "answered_by": approval.answered_by}
+    return data
+
+
+def approvals_page(page: state_pb2.ListApprovalsResponse) -> bytes:
+    """A page of approvals, newest first."""
+    approvals = [approval_data(approval) for approval in page.approvals]
+    return orjson.dumps({"approvals": approvals, "next_page_token": page.next_page_token})
+
+
+def metrics_page(page: state_pb2.ListRunMetricsResponse) -> bytes:
+    """A page of what runs cost, newest first."""
+    metrics = [_metrics_data(row) for row in page.metrics]
+    return orjson.dumps({"metrics": metrics, "next_page_token": page.next_page_token})
+
+
+def _metrics_data(row: types_pb2.RunMetrics) -> Data:
+    return {
+        "run_id": row.run_id,
+        "user_id": row.user_id,
+        "agent": row.agent,
+        "agent_version": row.agent_version,
+        "state": state_text(row.state),
+        "error_reason": row.error_reason,
+        "end_time": time_text(row.end_time),
+        "duration_ms": row.duration_ms,
+        "queue_ms": row.queue_ms,
+        "waiting_ms": row.waiting_ms,
+        "stages": stages_data(row.stages),
+        "model_calls": row.model_calls,
+        "tool_calls": row.tool_calls,
+        "tool_errors": row.tool_errors,
+        "cache_hits": row.cache_hits,
+        "retries": row.retries,
+        "recoveries": row.recoveries,
+        "usage": usage_data(row.usage),
+        "trace_id": row.trace_id,
+    }
 
 
 def events_page(page: state_pb2.ReadEventsResponse) -> bytes:

@@ -2,20 +2,27 @@
 
 import orjson
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
+from mainspring.v1 import types_pb2
 from mainspring_gateway.core.commands import (
-    Cancel,
+    Approve,
+    Control,
     FollowRun,
     Hello,
     Ping,
     Renewal,
+    Retry,
+    Signal,
     Start,
     UnfollowRun,
+    approval_id_of,
     decode_object,
     frame_id_of,
-    read_cancel_reason,
     read_command,
+    read_fork,
+    read_reason,
     read_start,
     run_id_of,
 )
@@ -24,6 +31,7 @@ from mainspring_kit.errors import MainspringError
 pytestmark = pytest.mark.unit
 
 RUN = "01a20f61-31f6-7254-a0c7-b29527f68656"
+DATA = '[1,{"a":"ä"}]'.encode()
 
 
 def refused(fields: dict[str, object]) -> MainspringError:
@@ -41,9 +49,27 @@ def refused(fields: dict[str, object]) -> MainspringError:
         ({"op": "follow", "run_id": RUN}, FollowRun(None, RUN, 0)),
         ({"op": "follow", "id": "f", "run_id": RUN.upper(), "after_seq": 17}, FollowRun("f", RUN, 17)),
         ({"op": "unfollow", "run_id": RUN}, UnfollowRun(None, RUN)),
-        ({"op": "cancel", "run_id": RUN}, Cancel(None, RUN, "")),
-        ({"op": "cancel", "run_id": RUN, "reason": "enough"}, Cancel(None, RUN, "enough")),
+        ({"op": "cancel", "run_id": RUN}, Control(None, "cancel", RUN)),
+        ({"op": "cancel", "run_id": RUN, "reason": "enough"}, Control(None, "cancel", RUN, "enough")),
+        ({"op": "pause", "run_id": RUN, "reason": "lunch"}, Control(None, "pause", RUN, "lunch")),
+        ({"op": "resume", "id": 1, "run_id": RUN}, Control(1, "resume", RUN)),
+        ({"op": "retry", "id": "r", "run_id": RUN}, Retry("r", RUN)),
+        ({"op": "signal", "run_id": RUN, "name": "go"}, Signal(None, RUN, "go", b"")),
+        ({"op": "signal", "run_id": RUN, "name": "go", "data": [1, {"a": "ä"}]}, Signal(None, RUN, "go", DATA)),
+        ({"op": "signal", "run_id": RUN, "name": "go", "data": False}, Signal(None, RUN, "go", b"false")),
+        (
+            {"op": "approve", "approval_id": f"{RUN}.4", "decision": "allow", "data": [1, {"a": "ä"}]},
+            Approve(None, f"{RUN}.4", types_pb2.APPROVAL_DECISION_ALLOW, DATA),
+        ),
+        (
+            {"op": "approve", "id": 2, "approval_id": f"{RUN}.4", "decision": "deny", "data": None},
+            Approve(2, f"{RUN}.4", types_pb2.APPROVAL_DECISION_DENY, b""),
+        ),
         ({"op": "start", "agent": "lookup"}, Start(None, "lookup", "", "", b"{}", "", "")),
+        (
+            {"op": "start", "agent": "a", "priority": -3, "start_time": "2026-11-24T03:06:12.5+01:00"},
+            Start(None, "a", "", "", b"{}", "", "", -3, Timestamp(seconds=1795485972, nanos=500_000_000)),
+        ),
         (
             {
                 "op": "start",
@@ -90,17 +116,24 @@ def test_each_op_is_read(fields: dict[str, object], command: object) -> None:
         ({"op": "follow", "run_id": RUN, "after_seq": True}, "after_seq"),
         ({"op": "follow", "run_id": RUN, "after_seq": 1 << 63}, "after_seq"),
         ({"op": "cancel", "run_id": RUN, "reason": "r" * 1_001}, "reason"),
+        ({"op": "resume", "run_id": RUN, "reason": "r"}, "reason"),
+        ({"op": "retry"}, "run_id"),
+        ({"op": "signal", "run_id": RUN}, "name"),
+        ({"op": "signal", "run_id": RUN, "name": "n" * 101}, "name"),
+        ({"op": "approve", "approval_id": f"{RUN}.4"}, "decision"),
+        ({"op": "approve", "approval_id": f"{RUN}.4", "decision": "maybe"}, "decision"),
+        ({"op": "approve", "approval_id": f"{RUN}.4", "decision": ["allow"]}, "decision"),
+        ({"op": "start", "agent": "a", "priority": 101}, "priority"),
+        ({"op": "start", "agent": "a", "priority": True}, "priority"),
+        ({"op": "start", "agent": "a", "start_time": "tomorrow"}, "start_time"),
+        ({"op": "start", "agent": "a", "start_time": "2026-11-24T03:06:12"}, "start_time"),
+        ({"op": "start", "agent": "a", "start_time": "0001-01-01T00:00:00+01:00"}, "start_time"),
     ],
 )
 def test_what_is_wrong_is_named(fields: dict[str, object], field: str) -> None:
     error = refused(fields)
     assert (error.reason_name, error.metadata["field"]) == ("REQUEST_INVALID", field)
     assert error.violations[0].field == field
-
-
-@pytest.mark.parametrize("op", ["pause", "resume", "retry", "signal", "approve"])
-def test_a_later_op_says_so(op: str) -> None:
-    assert refused({"op": op, "run_id": RUN}).reason_name == "NOT_IMPLEMENTED"
 
 
 @pytest.mark.parametrize(
@@ -139,17 +172,26 @@ _VALUES = st.recursive(
 )
 
 
+_FIELDS = (
+    "op id agent input run_id after_seq token session_id x name data decision approval_id priority start_time reason"
+)
+_OPS = "start follow cancel unfollow hello token ping pause resume retry signal approve"
+
+
 @given(
-    st.dictionaries(
-        st.sampled_from(["op", "id", "agent", "input", "run_id", "after_seq", "token", "session_id", "x"]), _VALUES
-    ).map(lambda fields: {"op": "start", **fields}),
-    st.sampled_from(["start", "follow", "cancel", "unfollow", "hello", "token", "ping"]),
+    st.dictionaries(st.sampled_from(_FIELDS.split()), _VALUES).map(lambda fields: {"op": "start", **fields}),
+    st.sampled_from(_OPS.split()),
 )
 def test_any_object_is_a_command_or_refused(fields: dict[str, object], op: str) -> None:
     try:
         read_command({**fields, "op": op})
     except MainspringError as error:
-        assert error.reason_name in {"REQUEST_INVALID", "RUN_NOT_FOUND", "NOT_IMPLEMENTED"}
+        assert error.reason_name in {
+            "REQUEST_INVALID",
+            "RUN_NOT_FOUND",
+            "APPROVAL_NOT_FOUND",
+            "NOT_IMPLEMENTED",
+        }
 
 
 @given(st.dictionaries(st.text(max_size=8), _VALUES, max_size=4))
@@ -175,11 +217,27 @@ def test_the_key_of_the_header_stands_in_for_the_field() -> None:
         read_start({"agent": "a", "idempotency_key": "other"}, idempotency_key="k")
 
 
-def test_a_cancel_has_a_reason_or_none() -> None:
-    assert read_cancel_reason({}) == ""
-    assert read_cancel_reason({"reason": "enough"}) == "enough"
+def test_a_wish_has_a_reason_or_none() -> None:
+    assert read_reason({}) == ""
+    assert read_reason({"reason": "enough"}) == "enough"
     with pytest.raises(MainspringError, match="REQUEST_INVALID"):
-        read_cancel_reason({"why": "enough"})
+        read_reason({"why": "enough"})
+    with pytest.raises(MainspringError, match="REQUEST_INVALID"):
+        read_reason({"reason": "enough"}, known=())
+
+
+def test_a_fork_names_the_event_and_what_differs() -> None:
+    read = read_fork({"seq": 4, "session_id": "s", "version": "2"}, RUN)
+    assert (read.run_id, read.seq, read.session_id, read.version) == (RUN, 4, "s", "2")
+    for wrong in ({}, {"seq": 0}, {"seq": "4"}, {"seq": 1, "run_id": RUN}):
+        with pytest.raises(MainspringError, match="REQUEST_INVALID"):
+            read_fork(wrong, RUN)
+
+
+@pytest.mark.parametrize("text", ["", RUN, f"{RUN}.", f"{RUN}.x", f"{RUN}.1.2", f"{RUN}.{'9' * 19}", "1.1", None, 5])
+def test_what_can_be_no_approvals_id_is_no_approval(text: object) -> None:
+    with pytest.raises(MainspringError, match="APPROVAL_NOT_FOUND"):
+        approval_id_of(text)
 
 
 @pytest.mark.parametrize("number", ["18446744073709551616", "-9223372036854775809", "1" * 300])

@@ -14,6 +14,8 @@ USAGE = types_pb2.Usage(input_tokens=3, output_tokens=2, cost_usd=0.25)
 USAGE_DATA = {"input_tokens": 3, "output_tokens": 2, "cost_usd": 0.25}
 ERROR = types_pb2.RunError(code="UNAVAILABLE", reason="TOOL_FAILED", message="no", metadata={"tool": "t"})
 ERROR_DATA = {"code": "UNAVAILABLE", "reason": "TOOL_FAILED", "message": "no", "metadata": {"tool": "t"}}
+MOMENT = Timestamp(seconds=1_795_489_572, nanos=5_000_000)
+MOMENT_TEXT = "2026-11-24T03:06:12.005Z"
 STAGES = [types_pb2.Stage(name="initialization", duration_ms=0.5)]
 
 PAYLOADS = {
@@ -92,7 +94,56 @@ PAYLOADS = {
     ),
     "run_recovered": (
         pb.RunRecovered(attempt=1, executor="e", lost_calls=["c"]),
-        {"attempt": 1, "executor": "e", "lost_calls": ["c"]},
+        {"attempt": 1, "executor": "e", "lost_calls": ["c"], "handed_back": False},
+    ),
+    "agent_paused": (
+        pb.AgentPaused(requested_by="ann", reason="lunch"),
+        {"requested_by": "ann", "reason": "lunch"},
+    ),
+    "agent_resumed": (pb.AgentResumed(requested_by="ann"), {"requested_by": "ann"}),
+    "agent_waiting": (
+        pb.AgentWaiting(wait_for=types_pb2.WAIT_KIND_SIGNAL, until=MOMENT, detail="the signal go", call_ids=["c"]),
+        {"for": "signal", "until": MOMENT_TEXT, "detail": "the signal go", "call_ids": ["c"]},
+    ),
+    "approval_requested": (
+        pb.ApprovalRequested(
+            approval_id="r.4",
+            title="May I?",
+            arguments=b'{"a":1}',
+            answer_schema=b'{"type":"object"}',
+            expires_time=MOMENT,
+            role="operator",
+            call_id="c",
+            kind=types_pb2.APPROVAL_KIND_UNKNOWN_OUTCOME,
+        ),
+        {
+            "approval_id": "r.4",
+            "kind": "unknown_outcome",
+            "title": "May I?",
+            "arguments": {"a": 1},
+            "answer_schema": {"type": "object"},
+            "expires_time": MOMENT_TEXT,
+            "role": "operator",
+            "call_id": "c",
+        },
+    ),
+    "approval_resolved": (
+        pb.ApprovalResolved(
+            approval_id="r.4", decision=types_pb2.APPROVAL_DECISION_ALLOW, data=b'{"ok":true}', by="bob"
+        ),
+        {"approval_id": "r.4", "decision": "allow", "data": {"ok": True}, "by": "bob"},
+    ),
+    "signal_received": (
+        pb.SignalReceived(name="go", data=b"[1]", by="ann", request_id="q"),
+        {"name": "go", "data": [1], "by": "ann"},
+    ),
+    "agent_handed_off": (
+        pb.AgentHandedOff(from_agent="a", to_agent="b", to_version="3", reason="it knows more"),
+        {"from": "a", "to": "b", "to_version": "3", "reason": "it knows more"},
+    ),
+    "attempt_failed": (
+        pb.AttemptFailed(step=2, attempt=1, error=ERROR, retry_time=MOMENT),
+        {"step": 2, "attempt": 1, "error": ERROR_DATA, "retry_time": MOMENT_TEXT},
     ),
 }
 
@@ -152,6 +203,33 @@ def test_the_run_above_is_named_only_where_there_is_one() -> None:
     child.parent_run_id, child.root_run_id = "p", "q"
     data = orjson.loads(encode(child).payload)["data"]
     assert (data["parent_run_id"], data["root_run_id"]) == ("p", "q")
+
+
+def test_what_a_call_waits_for_and_the_run_that_it_starts_are_named() -> None:
+    waits = pb.ToolExecuting(call_id="c", tool="run.sleep", arguments=b"{}", wake_time=MOMENT)
+    assert orjson.loads(encode(event(tool_executing=waits)).payload)["data"]["wake_time"] == MOMENT_TEXT
+    starts = encode(event(tool_executing=pb.ToolExecuting(call_id="c", tool="agent.b", sub_run_id="x")))
+    assert (orjson.loads(starts.payload)["data"]["sub_run_id"], starts.sub_run_id) == ("x", "x")
+
+
+def test_a_forks_copies_say_which_event_they_repeat() -> None:
+    started = pb.AgentStarted(source_run_id="o", source_seq=4, attempt=1)
+    copied = event(agent_started=started)
+    copied.source_seq = 3
+    fields = orjson.loads(encode(copied).payload)
+    assert (fields["source_seq"], fields["data"]["source_run_id"], fields["data"]["source_seq"]) == (3, "o", 4)
+
+
+def test_a_failed_attempt_is_a_steps_or_a_calls() -> None:
+    failed = event(attempt_failed=pb.AttemptFailed(call_id="c", attempt=2, error=ERROR))
+    data = orjson.loads(encode(failed).payload)["data"]
+    assert data == {"call_id": "c", "attempt": 2, "error": ERROR_DATA}
+
+
+def test_an_event_says_which_text_it_ends() -> None:
+    assert encode(event(agent_thinking=pb.AgentThinking(step=3))).step == 3
+    ends = {kind for kind in PAYLOADS if encode(event(**{kind: PAYLOADS[kind][0]})).ends_text}
+    assert ends == {*TERMINAL_TYPES, "agent_paused", "agent_waiting", "agent_handed_off", "run_recovered"}
 
 
 def test_leaves_pass_through_to_the_byte() -> None:

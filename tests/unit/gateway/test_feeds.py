@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mainspring.v1 import events_pb2, state_pb2
 from mainspring_gateway.core.events import EncodedEvent, encode
-from mainspring_gateway.core.feeds import Feeds, Follow, Order, combine
+from mainspring_gateway.core.feeds import Feeds, Order, combine
+from mainspring_gateway.core.follows import Follow
 from mainspring_kit.errors import MainspringError, Reason, to_status
 
 pytestmark = pytest.mark.unit
@@ -31,9 +33,19 @@ class Recorded:
     def __init__(self) -> None:
         self.seqs: list[int] = []
         self.ends: list[MainspringError | None] = []
+        self.texts: list[tuple[int, int, str]] = []
+        self.branches: list[tuple[str, str]] = []
 
     def show(self, event: EncodedEvent) -> None:
         self.seqs.append(event.seq)
+
+    def show_text(self, follow: Follow) -> None:
+        while frame := follow.take_text():
+            delta = orjson.loads(frame[frame.index(b"{") :])
+            self.texts.append((delta["step"], delta["offset"], delta["text"]))
+
+    def branch(self, parent: Follow, run_id: str) -> None:
+        self.branches.append((parent.run_id, run_id))
 
     def end(self, follow: Follow, error: MainspringError | None) -> None:
         self.ends.append(error)
@@ -377,3 +389,83 @@ def test_whatever_is_lost_repeated_or_cut_every_event_comes_once_in_order(data: 
     if joining is not None:
         assert late.seqs == whole
         assert late.ends == [None]
+
+
+def text(offset: int, words: str, *, step: int = 1, run: Run | None = None) -> state_pb2.Delivery:
+    """Unfinished text of a step."""
+    found = delivery([], run=run)
+    found.deltas.add(run_id="r", step=step, offset=offset, text=words)
+    return found
+
+
+def test_text_is_shown_as_it_comes_and_to_the_late_from_its_beginning() -> None:
+    stream = Stream()
+    _, early = stream.follow(after_seq=0)
+    stream.deliver(text(0, "Grüße "), text(6, "🌍"), text(7, "!"))
+    _, late = stream.follow(after_seq=0)
+    stream.deliver(text(8, "?"))
+    assert early.texts == [(1, 0, "Grüße "), (1, 6, "🌍"), (1, 7, "!"), (1, 8, "?")]
+    assert late.texts == [(1, 0, "Grüße 🌍!"), (1, 8, "?")]
+
+
+def test_text_ends_with_its_steps_event_and_what_comes_behind_is_dropped() -> None:
+    stream = Stream()
+    follow, watcher = stream.follow(after_seq=0)
+    stream.deliver(text(0, "one"))
+    follow.watcher = silent = Recorded()
+    silent.show_text = lambda follow: None  # type: ignore[method-assign]  # it takes nothing yet
+    stream.deliver(text(3, " two"), delivery([1]), text(7, " three"), text(0, "again"))
+    assert (watcher.texts, follow.take_text()) == ([(1, 0, "one")], b"")
+    stream.deliver(text(0, "next", step=2))
+    assert b"next" in follow.take_text()
+
+
+def test_text_of_the_next_step_outlives_what_else_happens() -> None:
+    stream = Stream()
+    _, watcher = stream.follow(after_seq=0)
+    outcome = delivery([])
+    outcome.events.add(run_id="r", seq=1, tool_completed=events_pb2.ToolCompleted(call_id="c"))
+    stream.deliver(text(0, "one"), outcome, text(3, " two"))
+    assert watcher.texts == [(1, 0, "one"), (1, 3, " two")]
+
+
+def test_another_attempt_shows_its_text_from_the_beginning() -> None:
+    stream = Stream()
+    _, watcher = stream.follow(after_seq=0)
+    stream.deliver(text(0, "A first"), text(0, "A second"))
+    assert watcher.texts == [(1, 0, "A first"), (1, 0, "A second")]
+
+
+def test_text_with_a_hole_before_it_is_not_shown_and_what_is_known_not_twice() -> None:
+    stream = Stream()
+    _, watcher = stream.follow(after_seq=0)
+    stream.deliver(text(4, "lost"), text(0, "abcd"), text(6, "hole"), text(2, "cdef"))
+    assert watcher.texts == [(1, 0, "abcd"), (1, 4, "ef")]
+
+
+def test_text_under_anothers_name_is_dropped_and_counted() -> None:
+    stream = Stream()
+    _, watcher = stream.follow(after_seq=0)
+    stream.deliver(text(0, "x", run=Run(user_id="bob")), text(0, "y", run=Run(tenant_id="other")))
+    assert (watcher.texts, stream.feeds.foreign_count) == ([], 2)
+
+
+def test_who_reads_the_log_is_shown_no_text_until_it_has_caught_up() -> None:
+    stream = Stream()
+    _, watcher = stream.follow(after_seq=0)
+    reading = Recorded()
+    follow = Follow(reading, Run(), after_seq=0)
+    stream.feeds.hold(follow)
+    stream.deliver(text(0, "so far"))
+    assert (watcher.texts, reading.texts) == ([(1, 0, "so far")], [])
+    assert stream.feeds.settle(follow)
+    assert reading.texts == [(1, 0, "so far")]
+
+
+def test_a_sub_run_is_told_to_who_is_shown_its_announcement() -> None:
+    stream = Stream()
+    _, watcher = stream.follow(after_seq=0)
+    announced = delivery([])
+    announced.events.add(run_id="r", seq=1, tool_executing=events_pb2.ToolExecuting(call_id="c", sub_run_id="child"))
+    stream.deliver(announced, announced)
+    assert watcher.branches == [("r", "child")]
