@@ -67,7 +67,7 @@ class Thinking:
             await asyncio.sleep(0)
         if self._journal.is_behind:
             await self._grip.wait_durable()
-        if not await self._wait_for_attempt():
+        if not await self._grip.hold_lease() or self._attention.is_interrupted:
             return
         self._ending.mark(CORE_EXECUTION)
         self._deadlines.begin_step(agent.plan, step)
@@ -81,22 +81,13 @@ class Thinking:
             await self._ending.failed(error_value(error))
 
     async def _think(self, agent: PreparedAgent, step: int) -> Thought | None:
-        """Asks the model, again after failures that may pass; None when interrupted, or when the wait is a long one."""
-        while True:
-            try:
-                return await self._attempt(agent, step)
-            except MainspringError as error:
-                if not self._is_tried_again(agent.plan, step, error_value(error)):
-                    raise
-            if not await self._wait_for_attempt():
-                return None
-
-    async def _wait_for_attempt(self) -> bool:
-        """Until the next attempt may be made; False: the run is interrupted."""
-        due_time = self._journal.progress.retry_times.get("", 0.0)
-        while (seconds := due_time - time.time()) > 0 and not self._attention.is_interrupted:
-            await self._attention.pause(seconds)
-        return await self._grip.hold_lease() and not self._attention.is_interrupted
+        """Makes one attempt; None when it was interrupted, or failed and there is another one when its time comes."""
+        try:
+            return await self._attempt(agent, step)
+        except MainspringError as error:
+            if not self._is_tried_again(agent.plan, step, error_value(error)):
+                raise
+        return None
 
     async def _attempt(self, agent: PreparedAgent, step: int) -> Thought | None:
         """One attempt, within the step's time and the model's own; None when interrupted."""
