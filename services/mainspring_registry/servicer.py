@@ -13,6 +13,7 @@ from mainspring_kit.interceptors import ServicerContext
 
 from mainspring_registry.core import catalog
 from mainspring_registry.core.spec import read_agent
+from mainspring_registry.core.tenants import read_tenant
 from mainspring_registry.core.tools import read_tools
 from mainspring_registry.engine import CatalogWatch
 from mainspring_registry.store import Store
@@ -71,6 +72,26 @@ class RegistryServicer(rpc.RegistryServiceServicer):
         """See registry.proto."""
         tools, token = await self._store.list_tools(current_context(), request)
         return pb.ListToolsResponse(tools=tools, next_page_token=token)
+
+    async def PutTenant(self, request: pb.PutTenantRequest, context: ServicerContext) -> pb.PutTenantResponse:
+        """See registry.proto."""
+        user = read_tenant(caller_variable.get(), request.tenant_id)
+        return pb.PutTenantResponse(tenant=await self._store.put_tenant(user, request.limits))
+
+    async def GetTenant(self, request: pb.GetTenantRequest, context: ServicerContext) -> pb.GetTenantResponse:
+        """See registry.proto."""
+        user = read_tenant(caller_variable.get(), request.tenant_id)
+        return pb.GetTenantResponse(tenant=await self._store.get_tenant(user))
+
+    async def ListTenants(self, request: pb.ListTenantsRequest, context: ServicerContext) -> pb.ListTenantsResponse:
+        """See registry.proto."""
+        tenants, token = await self._store.list_tenants(caller_variable.get().context, request)
+        return pb.ListTenantsResponse(tenants=tenants, next_page_token=token)
+
+    async def DeleteTenant(self, request: pb.DeleteTenantRequest, context: ServicerContext) -> pb.DeleteTenantResponse:
+        """See registry.proto."""
+        await self._store.put_tenant(read_tenant(caller_variable.get(), request.tenant_id), None)
+        return pb.DeleteTenantResponse()
 
     async def WatchCatalog(
         self, request: pb.WatchCatalogRequest, context: ServicerContext

@@ -1,4 +1,4 @@
-"""What the registry remembers, in PostgreSQL's schema `registry`: agents, versions and tools. Decides nothing."""
+"""What the registry remembers, in PostgreSQL's schema `registry`: agents, versions, tools, tenants. Decides nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mainspring_kit import postgres
 from mainspring_kit.identity import UserExecutionContext
 
 from mainspring_registry.core import catalog
+from mainspring_registry.core.tenants import tenant_not_found
 from mainspring_registry.core.tools import changed_tools
 
 if TYPE_CHECKING:
@@ -148,6 +149,42 @@ class Store:
             )
         return [_to_tool(row) for row in rows[:size]], _next_token(rows, size, key="name")
 
+    async def put_tenant(
+        self, user: UserExecutionContext, limits: registry_pb2.TenantLimits | None
+    ) -> registry_pb2.Tenant:
+        """Stores the limits of the user's tenant, None: it has none any more. TENANT_NOT_FOUND: it had none."""
+        values = {} if limits is None else {field.name: value for field, value in limits.ListFields()}
+        async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
+            revision = await connection.fetchval(_SQL["take_revisions"], 1)
+            row = await connection.fetchrow(
+                _SQL["put_tenant"], user.tenant_id, revision, json.dumps(values), limits is None
+            )
+        if row is None:
+            raise tenant_not_found(user.tenant_id)
+        return _to_tenant(row)
+
+    async def get_tenant(self, user: UserExecutionContext) -> registry_pb2.Tenant:
+        """The limits of the user's tenant. TENANT_NOT_FOUND."""
+        async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
+            row = await connection.fetchrow(_SQL["read_tenant"], user.tenant_id)
+        if row is None:
+            raise tenant_not_found(user.tenant_id)
+        return _to_tenant(row)
+
+    async def list_tenants(
+        self, user: UserExecutionContext | None, request: registry_pb2.ListTenantsRequest
+    ) -> tuple[list[registry_pb2.Tenant], str]:
+        """A page of tenants by id, and the token of the next. None: of all of them, else of the user's own."""
+        size, after = catalog.read_page_size(request.page_size), catalog.read_token(request.page_token)
+        if user is not None:
+            async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
+                row = await connection.fetchrow(_SQL["read_tenant"], user.tenant_id)
+            return [_to_tenant(row)] if row is not None and row["tenant_id"] > after else [], ""
+        with postgres.reachable():
+            rows = await self._pool.fetch(_SQL["list_tenants"], after, size + 1)
+        token = catalog.write_token(rows[size - 1]["tenant_id"]) if len(rows) > size else ""
+        return [_to_tenant(row) for row in rows[:size]], token
+
     async def read_revision(self) -> int:
         """The revision of the newest change."""
         with postgres.reachable():
@@ -158,12 +195,16 @@ class Store:
         frame = registry_pb2.WatchCatalogResponse(revision=after_revision)
         with postgres.reachable():
             rows = await self._pool.fetch(
-                _SQL["read_changes"], after_revision, catalog.FRAME_ITEMS_MAX, catalog.FRAME_BYTES_MAX
+                _SQL["read_catalog"], after_revision, catalog.FRAME_ITEMS_MAX, catalog.FRAME_BYTES_MAX
             )
         for row in rows:
             frame.revision = row["revision"]
-            if row["is_agent"]:
+            if row["kind"] == "agent":
                 frame.agents.add(tenant_id=row["tenant_id"], agent=_to_agent(row, spec="body"))
+            elif row["kind"] == "tenant":
+                frame.tenants.add(
+                    tenant=_to_tenant(row, limits="body", update_time="create_time"), deleted=row["deleted"]
+                )
             else:
                 frame.tools.add(tenant_id=row["tenant_id"], tool=_to_tool(row, input_schema="body"))
         return frame if rows else None
@@ -252,4 +293,12 @@ def _to_tool(row: asyncpg.Record, *, input_schema: str = "input_schema") -> type
         timeout=row["timeout"],
         version=row["version"],
         shared=not row["tenant_id"],
+    )
+
+
+def _to_tenant(row: asyncpg.Record, *, limits: str = "limits", update_time: str = "update_time") -> registry_pb2.Tenant:
+    return registry_pb2.Tenant(
+        tenant_id=row["tenant_id"],
+        limits=registry_pb2.TenantLimits(**json.loads(row[limits])),
+        update_time=row[update_time],
     )

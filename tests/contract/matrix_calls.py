@@ -203,6 +203,9 @@ class World:
         assert isinstance(made, rpc.request_class)
         if isinstance(made, execution_pb2.CancelRunRequest | state_pb2.PutInputRequest):
             made.run_id = self.start()
+        if isinstance(made, registry_pb2.GetTenantRequest | registry_pb2.DeleteTenantRequest):
+            put = rpc_named("PutTenant")
+            self.wire.answer(put, registry_pb2.PutTenantRequest(), self.metadata(put))
         return made
 
     def start(self, **fields: Any) -> str:
@@ -230,6 +233,10 @@ class World:
             "ResolveAgent": registry_pb2.ResolveAgentRequest(name=self.agent),
             "RegisterTools": registry_pb2.RegisterToolsRequest(tools=[tool]),
             "ListTools": registry_pb2.ListToolsRequest(),
+            "PutTenant": registry_pb2.PutTenantRequest(limits=registry_pb2.TenantLimits(max_concurrent=1_000)),
+            "GetTenant": registry_pb2.GetTenantRequest(),
+            "ListTenants": registry_pb2.ListTenantsRequest(),
+            "DeleteTenant": registry_pb2.DeleteTenantRequest(),
             "WatchCatalog": registry_pb2.WatchCatalogRequest(),
             "CallTools": dispatcher_pb2.CallToolsRequest(calls=[call]),
             "CancelCalls": dispatcher_pb2.CancelCallsRequest(tenant_id=self.user.tenant_id, call_ids=["none"]),

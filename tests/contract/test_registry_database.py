@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from mainspring.v1 import registry_pb2
 
 from test_framework.identities import Identities, unique
 from test_framework.servers import PostgresServer
@@ -39,6 +40,8 @@ async def tenants(aio_stub: Any, identities: Identities) -> list[str]:
         for description in ("One.", "Two."):
             await aio_stub.RegisterAgent(agent("lookup", description=description), metadata=metadata, timeout=TIMEOUT)
         await register_tool(aio_stub, metadata, tool("own"))
+        admin = identities.metadata(tenant_id, "ann", "admin")
+        await aio_stub.PutTenant(registry_pb2.PutTenantRequest(), metadata=admin, timeout=TIMEOUT)
     await register_tool(aio_stub, identities.service_metadata(), tool("shared.tool"))
     return made
 
@@ -47,7 +50,7 @@ async def be(role: Any, tenant_id: str) -> None:
     await role.execute("SELECT set_config('mainspring.tenant_id', $1, false)", tenant_id)
 
 
-@pytest.mark.parametrize("table", ["agents", "agent_versions", "tools"])
+@pytest.mark.parametrize("table", ["agents", "agent_versions", "tools", "tenants"])
 async def test_a_tenant_sees_its_own_rows_and_shared_tools_only(role: Any, tenants: list[str], table: str) -> None:
     await be(role, tenants[0])
     seen = {row["tenant_id"] for row in await role.fetch(f"SELECT tenant_id FROM registry.{table}")}
@@ -71,6 +74,7 @@ async def test_without_a_tenant_nothing_but_shared_tools_is_seen(
         "INSERT INTO registry.agents VALUES ($1, 'intruder', 1)",
         "INSERT INTO registry.agent_versions VALUES ($1, 'lookup', 3, 0, '', '{}', '{}', '{}')",
         "INSERT INTO registry.tools VALUES ($1, 'intruder', 'v', 0, '', '{}', 1)",
+        "INSERT INTO registry.tenants VALUES ($1 || '-intruder', 0, '{}')",
         "INSERT INTO registry.tools SELECT '', 'intruder', 'v', 0, $1, '{}', 1",
         "INSERT INTO registry.tools VALUES ($1, 'own', 'v', 0, '', '{}', 1)"
         " ON CONFLICT (tenant_id, name) DO UPDATE SET version = 'v'",
@@ -103,6 +107,8 @@ async def test_updates_reach_own_rows_only(role: Any, tenants: list[str]) -> Non
         "UPDATE registry.tools SET effect = 4",
         "UPDATE registry.tools SET tenant_id = ''",
         "DELETE FROM registry.tools",
+        "DELETE FROM registry.tenants",
+        "UPDATE registry.tenants SET tenant_id = 'other'",
         "UPDATE registry.clock SET revision = 1",
         "ALTER TABLE registry.agents DISABLE ROW LEVEL SECURITY",
         "CREATE TABLE registry.own ()",
@@ -143,6 +149,8 @@ async def test_the_roles_own_no_table_and_cannot_bypass_row_security(role: Any) 
     assert {each["proname"]: each["proconfig"] for each in functions} == {
         "take_revisions": ["search_path=pg_catalog, pg_temp"],
         "read_changes": ["search_path=pg_catalog, pg_temp"],
+        "read_catalog": ["search_path=pg_catalog, pg_temp"],
+        "list_tenants": ["search_path=pg_catalog, pg_temp"],
     }
 
 

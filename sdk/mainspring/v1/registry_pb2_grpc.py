@@ -318,28 +318,30 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PutTenant(self, request, context):
-        """Creates or replaces a tenant with its limits.
+        """Creates or replaces a tenant with its limits; they hold for runs that are started from then on. An admin may
+        put the own tenant, a service any. NOT_FOUND / TENANT_NOT_FOUND for another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTenant(self, request, context):
-        """Reads a tenant with its limits.
+        """Reads a tenant with its limits. NOT_FOUND / TENANT_NOT_FOUND: it is not the caller's, or nobody has put it:
+        then it has no limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTenants(self, request, context):
-        """Lists every tenant with its limits of the tenant, in pages.
+        """Lists the tenants that the caller may read, by id, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTenant(self, request, context):
-        """Deletes a tenant with its limits.
+        """Deletes a tenant's limits; nothing else of it goes. NOT_FOUND / TENANT_NOT_FOUND as for GetTenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -74,13 +74,17 @@ class RegistryServiceStub:
     ListInstances: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListInstancesRequest, _registry_pb2.ListInstancesResponse]
     """Lists live process instances."""
     PutTenant: _grpc.UnaryUnaryMultiCallable[_registry_pb2.PutTenantRequest, _registry_pb2.PutTenantResponse]
-    """Creates or replaces a tenant with its limits."""
+    """Creates or replaces a tenant with its limits; they hold for runs that are started from then on. An admin may
+    put the own tenant, a service any. NOT_FOUND / TENANT_NOT_FOUND for another.
+    """
     GetTenant: _grpc.UnaryUnaryMultiCallable[_registry_pb2.GetTenantRequest, _registry_pb2.GetTenantResponse]
-    """Reads a tenant with its limits."""
+    """Reads a tenant with its limits. NOT_FOUND / TENANT_NOT_FOUND: it is not the caller's, or nobody has put it:
+    then it has no limits.
+    """
     ListTenants: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListTenantsRequest, _registry_pb2.ListTenantsResponse]
-    """Lists every tenant with its limits of the tenant, in pages."""
+    """Lists the tenants that the caller may read, by id, in pages."""
     DeleteTenant: _grpc.UnaryUnaryMultiCallable[_registry_pb2.DeleteTenantRequest, _registry_pb2.DeleteTenantResponse]
-    """Deletes a tenant with its limits."""
+    """Deletes a tenant's limits; nothing else of it goes. NOT_FOUND / TENANT_NOT_FOUND as for GetTenant."""
     PutApiKey: _grpc.UnaryUnaryMultiCallable[_registry_pb2.PutApiKeyRequest, _registry_pb2.PutApiKeyResponse]
     """Creates or replaces an API key, stored hashed."""
     GetApiKey: _grpc.UnaryUnaryMultiCallable[_registry_pb2.GetApiKeyRequest, _registry_pb2.GetApiKeyResponse]
@@ -160,13 +164,17 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     ListInstances: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListInstancesRequest, _registry_pb2.ListInstancesResponse]  # type: ignore[assignment]
     """Lists live process instances."""
     PutTenant: _aio.UnaryUnaryMultiCallable[_registry_pb2.PutTenantRequest, _registry_pb2.PutTenantResponse]  # type: ignore[assignment]
-    """Creates or replaces a tenant with its limits."""
+    """Creates or replaces a tenant with its limits; they hold for runs that are started from then on. An admin may
+    put the own tenant, a service any. NOT_FOUND / TENANT_NOT_FOUND for another.
+    """
     GetTenant: _aio.UnaryUnaryMultiCallable[_registry_pb2.GetTenantRequest, _registry_pb2.GetTenantResponse]  # type: ignore[assignment]
-    """Reads a tenant with its limits."""
+    """Reads a tenant with its limits. NOT_FOUND / TENANT_NOT_FOUND: it is not the caller's, or nobody has put it:
+    then it has no limits.
+    """
     ListTenants: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListTenantsRequest, _registry_pb2.ListTenantsResponse]  # type: ignore[assignment]
-    """Lists every tenant with its limits of the tenant, in pages."""
+    """Lists the tenants that the caller may read, by id, in pages."""
     DeleteTenant: _aio.UnaryUnaryMultiCallable[_registry_pb2.DeleteTenantRequest, _registry_pb2.DeleteTenantResponse]  # type: ignore[assignment]
-    """Deletes a tenant with its limits."""
+    """Deletes a tenant's limits; nothing else of it goes. NOT_FOUND / TENANT_NOT_FOUND as for GetTenant."""
     PutApiKey: _aio.UnaryUnaryMultiCallable[_registry_pb2.PutApiKeyRequest, _registry_pb2.PutApiKeyResponse]  # type: ignore[assignment]
     """Creates or replaces an API key, stored hashed."""
     GetApiKey: _aio.UnaryUnaryMultiCallable[_registry_pb2.GetApiKeyRequest, _registry_pb2.GetApiKeyResponse]  # type: ignore[assignment]
@@ -333,7 +341,9 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.PutTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.PutTenantResponse, _abc.Awaitable[_registry_pb2.PutTenantResponse]]:
-        """Creates or replaces a tenant with its limits."""
+        """Creates or replaces a tenant with its limits; they hold for runs that are started from then on. An admin may
+        put the own tenant, a service any. NOT_FOUND / TENANT_NOT_FOUND for another.
+        """
 
     @_abc_1.abstractmethod
     def GetTenant(
@@ -341,7 +351,9 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.GetTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.GetTenantResponse, _abc.Awaitable[_registry_pb2.GetTenantResponse]]:
-        """Reads a tenant with its limits."""
+        """Reads a tenant with its limits. NOT_FOUND / TENANT_NOT_FOUND: it is not the caller's, or nobody has put it:
+        then it has no limits.
+        """
 
     @_abc_1.abstractmethod
     def ListTenants(
@@ -349,7 +361,7 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.ListTenantsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.ListTenantsResponse, _abc.Awaitable[_registry_pb2.ListTenantsResponse]]:
-        """Lists every tenant with its limits of the tenant, in pages."""
+        """Lists the tenants that the caller may read, by id, in pages."""
 
     @_abc_1.abstractmethod
     def DeleteTenant(
@@ -357,7 +369,7 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.DeleteTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.DeleteTenantResponse, _abc.Awaitable[_registry_pb2.DeleteTenantResponse]]:
-        """Deletes a tenant with its limits."""
+        """Deletes a tenant's limits; nothing else of it goes. NOT_FOUND / TENANT_NOT_FOUND as for GetTenant."""
 
     @_abc_1.abstractmethod
     def PutApiKey(

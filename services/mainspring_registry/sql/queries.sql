@@ -4,8 +4,22 @@ SELECT registry.take_revisions($1::integer);
 -- read_revision: The revision of the newest change.
 SELECT revision FROM registry.clock;
 
--- read_changes: What changed in any tenant after revision $1: at most $2 rows, no more after $3 bytes.
-SELECT * FROM registry.read_changes($1::bigint, $2::integer, $3::bigint);
+-- read_catalog: What changed in any tenant after revision $1: at most $2 rows, no more after $3 bytes.
+SELECT * FROM registry.read_catalog($1::bigint, $2::integer, $3::bigint);
+
+-- put_tenant: Writes the limits $3 of tenant $1 at revision $2; $4: they are no more. No row: there was nothing to delete.
+INSERT INTO registry.tenants AS t (tenant_id, revision, limits, deleted)
+SELECT $1, $2, $3, $4 WHERE NOT $4 OR EXISTS (SELECT FROM registry.tenants WHERE tenant_id = $1)
+ON CONFLICT (tenant_id) DO UPDATE SET
+  revision = excluded.revision, limits = excluded.limits, deleted = excluded.deleted, update_time = now()
+WHERE NOT (t.deleted AND excluded.deleted)
+RETURNING tenant_id, limits, update_time;
+
+-- read_tenant: The limits of tenant $1.
+SELECT tenant_id, limits, update_time FROM registry.tenants WHERE tenant_id = $1 AND NOT deleted;
+
+-- list_tenants: All tenants with limits by id after $1; $2 rows.
+SELECT * FROM registry.list_tenants($1, $2);
 
 -- read_newest: The newest version of agent $2 of tenant $1.
 SELECT v.name, v.version::text AS version, v.description, v.labels, v.capabilities, v.spec, v.create_time
