@@ -93,6 +93,20 @@ class State:
             answer = await self._stub.GetRun(state_pb2.GetRunRequest(run_id=run_id), **self._peer.call(context))
         return answer.run
 
+    async def explain_run(self, context: UserExecutionContext, run_id: str) -> state_pb2.GetRunResponse:
+        """One run of the context's user, and why it does not go on as far as the database knows."""
+        request = state_pb2.GetRunRequest(run_id=run_id, explain=True)
+        async with _errors("state"):
+            answer: state_pb2.GetRunResponse = await self._stub.GetRun(request, **self._peer.call(context))
+        return answer
+
+    async def get_approval(self, context: UserExecutionContext, approval_id: str) -> types_pb2.Approval:
+        """One approval that the context's user may see; APPROVAL_NOT_FOUND."""
+        request = state_pb2.GetApprovalRequest(approval_id=approval_id)
+        async with _errors("state"):
+            answer = await self._stub.GetApproval(request, **self._peer.call(context))
+        return answer.approval
+
     async def wait_run(self, context: UserExecutionContext, run_id: str, *, seconds: float) -> types_pb2.Run:
         """The run when it has ended, or as it is after so many seconds."""
         timeout = duration_pb2.Duration()
@@ -127,13 +141,8 @@ class State:
             page = await self._stub.ListRuns(request, **self._peer.call(context))
         return sorted((run for run in page.runs if run.ordinal < before_ordinal), key=lambda run: run.ordinal)
 
-    async def put_cancel(
-        self, context: UserExecutionContext, run_id: str, *, request_id: str, reason: str
-    ) -> state_pb2.RunInput:
-        """Makes the wish to end a run durable."""
-        request = state_pb2.PutInputRequest(
-            run_id=run_id, request_id=request_id, cancel=state_pb2.CancelInput(reason=reason)
-        )
+    async def put_input(self, context: UserExecutionContext, request: state_pb2.PutInputRequest) -> state_pb2.RunInput:
+        """Makes what is asked of a run durable."""
         async with _errors("state"):
             answer = await self._stub.PutInput(request, **self._peer.call(context))
         return answer.input

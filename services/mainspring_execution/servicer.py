@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Final
 
+from google.protobuf.message import Message
 from mainspring.v1 import execution_pb2 as pb
 from mainspring.v1 import execution_pb2_grpc as rpc
+from mainspring.v1 import state_pb2
 from mainspring_kit.errors import from_status
 from mainspring_kit.identity import current_context, new_id
 from mainspring_kit.interceptors import ServicerContext
 from mainspring_kit.streams import Replies, serve_batches
 
-from mainspring_execution.core.start import is_run_id, run_not_found
+from mainspring_execution.core.control import check_answer
+from mainspring_execution.core.explain import explain, merge
+from mainspring_execution.core.progress import fold
+from mainspring_execution.core.start import check_json, check_known_run_id
 from mainspring_execution.engine.runs import Runs, draining
 from mainspring_execution.peers import State
 
@@ -22,7 +28,7 @@ STARTS_PER_STREAM_MAX: Final = 8_192
 
 
 class ExecutionServicer(rpc.ExecutionServiceServicer):
-    """StartRun, StartRuns, CancelRun. The rest comes later."""
+    """Starts, controls and explains runs."""
 
     def __init__(self, runs: Runs, state: State) -> None:
         self._runs = runs
@@ -77,15 +83,56 @@ class ExecutionServicer(rpc.ExecutionServiceServicer):
             raise draining()
 
     async def CancelRun(self, request: pb.CancelRunRequest, context: ServicerContext) -> pb.CancelRunResponse:
-        if not is_run_id(request.run_id):
-            raise run_not_found(request.run_id)
-        caller = current_context()
-        stored = await self._state.put_cancel(
-            caller, request.run_id, request_id=request.request_id or caller.request_id, reason=request.reason
+        cancel = state_pb2.CancelInput(reason=request.reason)
+        return pb.CancelRunResponse(run_id=await self._put_input(request.run_id, request.request_id, cancel=cancel))
+
+    async def PauseRun(self, request: pb.PauseRunRequest, context: ServicerContext) -> pb.PauseRunResponse:
+        pause = state_pb2.PauseInput(reason=request.reason)
+        return pb.PauseRunResponse(run_id=await self._put_input(request.run_id, request.request_id, pause=pause))
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: ServicerContext) -> pb.ResumeRunResponse:
+        return pb.ResumeRunResponse(
+            run_id=await self._put_input(request.run_id, request.request_id, resume=state_pb2.ResumeInput())
         )
-        return pb.CancelRunResponse(run_id=stored.run_id)
+
+    async def SignalRun(self, request: pb.SignalRunRequest, context: ServicerContext) -> pb.SignalRunResponse:
+        signal = state_pb2.SignalInput(name=request.name, data=check_json(request.data, field="data"))
+        return pb.SignalRunResponse(run_id=await self._put_input(request.run_id, request.request_id, signal=signal))
+
+    async def ResolveApproval(
+        self, request: pb.ResolveApprovalRequest, context: ServicerContext
+    ) -> pb.ResolveApprovalResponse:
+        approval = await self._state.get_approval(current_context(), request.approval_id)
+        answer = state_pb2.ApprovalInput(
+            approval_id=request.approval_id,
+            decision=request.decision,
+            data=check_answer(approval, request.decision, request.data),
+        )
+        run_id = await self._put_input(approval.run_id, request.request_id, approval=answer)
+        return pb.ResolveApprovalResponse(run_id=run_id)
+
+    async def ExplainRun(self, request: pb.ExplainRunRequest, context: ServicerContext) -> pb.ExplainRunResponse:
+        check_known_run_id(request.run_id)
+        caller = current_context()
+        known = await self._state.explain_run(caller, request.run_id)
+        holds = list(known.holds)
+        if known.run.last_seq and not known.run.HasField("end_time"):
+            progress = fold(await self._state.read_events(caller, request.run_id))
+            holds = merge(holds, explain(progress, executor_id=known.executor_id, now=time.time()))
+        return pb.ExplainRunResponse(run=known.run, holds=holds, executor_id=known.executor_id)
 
     def end_streams(self) -> None:
         """Lets every StartRuns stream end once it has answered; callers turn to another executor then."""
         for replies in list(self._streams):
             replies.end()
+
+    async def _put_input(self, run_id: str, request_id: str, **asked: Message) -> str:
+        """Makes what is asked durable; the run's id. `asked` is one of the fields of PutInputRequest's oneof."""
+        check_known_run_id(run_id)
+        caller = current_context()
+        request = state_pb2.PutInputRequest(
+            run_id=run_id,
+            request_id=request_id or caller.request_id,
+            **asked,  # type: ignore[arg-type]  # one field of the oneof, by name
+        )
+        return (await self._state.put_input(caller, request)).run_id

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import math
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -11,9 +12,12 @@ import orjson
 from mainspring.v1 import events_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 
+from mainspring_execution.core.intrinsic import is_intrinsic
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.progress import Progress
 from mainspring_execution.core.record import error_value
+from mainspring_execution.core.unknown import Ask, WaitForAnswer, resolve_unknown
+from mainspring_execution.core.waits import settle_wait, wait_of, wake_time
 
 TAKEOVERS_WITHOUT_EVENT_MAX: Final = 3
 
@@ -34,9 +38,44 @@ class CallModel:
 
 @dataclass(frozen=True, slots=True)
 class CallTools:
-    """Make these calls, all at once; those with an intent in the log are made again under the same call_id."""
+    """Make these calls, all at once; those with an intent in the log are made again under the same call_id.
+
+    `until`: there is something else to do then, in seconds since 1970; infinite: there is not.
+    """
 
     calls: tuple[events_pb2.PlannedCall, ...]
+    until: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWaits:
+    """Record that these calls wait."""
+
+    calls: tuple[events_pb2.PlannedCall, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Record how a call ended that only waited, or of which a person had to say what became of it."""
+
+    outcome: events_pb2.ToolCompleted
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """The time for an answer is over."""
+
+    approval_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """Nothing can be done before `until` (None: before somebody asks for something): give the run back."""
+
+    until: float | None = None
+    kind: types_pb2.WaitKind.ValueType = types_pb2.WAIT_KIND_UNSPECIFIED
+    detail: str = ""
+    call_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +92,30 @@ class Fail:
     error: types_pb2.RunError
 
 
-Decision = Wait | CallModel | CallTools | Finish | Fail
+Decision = Wait | CallModel | CallTools | OpenWaits | Close | Expire | Ask | Park | Finish | Fail
 
 
-def decide(plan: AgentPlan, progress: Progress, *, run_id: str, under_way: Container[str] = ()) -> Decision:
-    """The next thing to do. `under_way`: the calls that this process has made and that have not answered."""
+def decide(plan: AgentPlan, progress: Progress, *, run_id: str, now: float, under_way: Container[str] = ()) -> Decision:
+    """The next thing to do. `under_way`: the calls of which this process knows whether somebody makes them.
+
+    `now`: in seconds since 1970.
+    """
     if progress.ended:
         return Wait.ENDED
     if not progress.started:
         return Wait.BEGIN
+    if progress.paused:
+        return Park()
     calls = progress.open_calls()
     if calls:
-        return _decide_calls(progress, calls, under_way=under_way)
+        return _decide_calls(progress, calls, now=now, under_way=under_way)
     if progress.result:
         return Finish(progress.result)
     if progress.steps >= plan.steps_max:
         return Fail(error_value(_steps_exhausted(run_id, plan)))
+    due_time = progress.retry_times.get("", 0.0) if progress.retry_times else 0.0
+    if due_time > now:
+        return Park(due_time, types_pb2.WAIT_KIND_TIMER, f"the next attempt at model step {progress.steps + 1}")
     return CallModel(progress.steps + 1)
 
 
@@ -112,13 +159,64 @@ def result_unchecked(plan: AgentPlan) -> MainspringError:
 
 
 def _decide_calls(
-    progress: Progress, calls: list[events_pb2.PlannedCall], *, under_way: Container[str]
-) -> CallTools | Fail:
+    progress: Progress, calls: list[events_pb2.PlannedCall], *, now: float, under_way: Container[str]
+) -> Decision:
+    """What is asked of others goes on beside what only waits; the run is given back when nothing else is left."""
+    waits = [call for call in calls if is_intrinsic(call.tool)]
+    decision = _decide_waits(progress, waits, now=now) if waits else None
+    if decision is not None:
+        return decision
+    callable_: list[events_pb2.PlannedCall] = []
     for call in calls:
         intent = progress.intents.get(call.call_id)
-        if intent is not None and call.call_id not in under_way and not may_repeat(intent.effect):
-            return Fail(error_value(_outcome_unknown(intent)))
-    return CallTools(tuple(calls))
+        if intent is None or call.call_id in under_way or may_repeat(intent.effect):
+            if not is_intrinsic(call.tool):
+                callable_.append(call)
+            continue
+        unknown = resolve_unknown(progress, intent)
+        if isinstance(unknown, Ask):
+            return unknown
+        if isinstance(unknown, events_pb2.ToolCompleted):
+            return Close(unknown)
+        if not isinstance(unknown, WaitForAnswer):
+            callable_.append(call)
+    due_times = [wake_time(progress.intents[call.call_id]) for call in waits]
+    if progress.retry_times:
+        due_times += [time for call in callable_ if (time := progress.retry_times.get(call.call_id, 0.0)) > now]
+        callable_ = [call for call in callable_ if progress.retry_times.get(call.call_id, 0.0) <= now]
+    until = min(due_times, default=math.inf)
+    if callable_:
+        return CallTools(tuple(callable_), until)
+    return _park(progress, calls, until=until)
+
+
+def _decide_waits(
+    progress: Progress, waits: Iterable[events_pb2.PlannedCall], *, now: float
+) -> OpenWaits | Close | Expire | None:
+    """What is to be done for calls that wait; None: nothing yet."""
+    if unopened := tuple(call for call in waits if call.call_id not in progress.intents):
+        return OpenWaits(unopened)
+    for call in waits:
+        intent = progress.intents[call.call_id]
+        outcome = settle_wait(progress, intent, now=now)
+        if outcome is not None:
+            return Close(outcome)
+        if call.call_id in progress.approvals and wake_time(intent) <= now:
+            return Expire(progress.approvals[call.call_id].approval_id)
+    return None
+
+
+def _park(progress: Progress, calls: list[events_pb2.PlannedCall], *, until: float) -> Park:
+    """Told is what the first of the calls waits for."""
+    first = progress.intents[calls[0].call_id]
+    wait = wait_of(first.tool)
+    if wait is not None:
+        kind, detail = wait.kind, wait.describe(first)
+    elif first.call_id in progress.approvals:
+        kind, detail = types_pb2.WAIT_KIND_APPROVAL, progress.approvals[first.call_id].title
+    else:
+        kind, detail = types_pb2.WAIT_KIND_TIMER, f"the next attempt at {first.tool}"
+    return Park(until if until < math.inf else None, kind, detail, tuple(call.call_id for call in calls))
 
 
 def may_repeat(effect: types_pb2.EffectClass.ValueType) -> bool:
@@ -153,14 +251,4 @@ def _steps_exhausted(run_id: str, plan: AgentPlan) -> MainspringError:
         "raise limits.max_steps, or make the agent end sooner.",
         run_id=run_id,
         max_steps=plan.steps_max,
-    )
-
-
-def _outcome_unknown(intent: events_pb2.ToolExecuting) -> MainspringError:
-    return MainspringError(
-        Reason.WORKER_LOST,
-        f"The run was taken over while the unsafe tool {intent.tool} was under way (call {intent.call_id}): what the "
-        "call did is not known and it is not made again. Look at its effect, then start the run again.",
-        tool=intent.tool,
-        call_id=intent.call_id,
     )

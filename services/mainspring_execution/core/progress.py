@@ -24,6 +24,7 @@ class Progress:
         "approvals",
         "attempts",
         "cache_hits",
+        "call_failures",
         "cost_usd",
         "ended",
         "failures",
@@ -67,6 +68,8 @@ class Progress:
         self.attempts: dict[str, int] = {}
         # Of the model step that comes next: its failed attempts.
         self.failures: list[events_pb2.AttemptFailed] = []
+        # Of each call that has failed: why it did last.
+        self.call_failures: dict[str, types_pb2.RunError] = {}
         # When a call, or under "" the next model step, is tried again, in seconds since 1970; also after it was.
         self.retry_times: dict[str, float] = {}
         self.retries = 0
@@ -162,9 +165,13 @@ class Progress:
         self.result = thinking.result
         if is_own:
             self.model_calls += 1
-            self.input_tokens += thinking.usage.input_tokens
-            self.output_tokens += thinking.usage.output_tokens
-            self.cost_usd += thinking.usage.cost_usd
+            self.use(thinking.usage)
+
+    def use(self, usage: types_pb2.Usage) -> None:
+        """Counts what an answer has used."""
+        self.input_tokens += usage.input_tokens
+        self.output_tokens += usage.output_tokens
+        self.cost_usd += usage.cost_usd
 
     def _intend(self, event: events_pb2.RunEvent) -> None:
         intent = event.tool_executing
@@ -192,8 +199,10 @@ class Progress:
         self.retry_times[failed.call_id] = failed.retry_time.ToNanoseconds() / 1e9
         if failed.call_id:
             self.attempts[failed.call_id] = failed.attempt + 1
+            self.call_failures[failed.call_id] = failed.error
         else:
             self.failures.append(failed)
+            self.use(failed.usage)
 
     def _recover(self, recovered: events_pb2.RunRecovered) -> None:
         self.recoveries += 1

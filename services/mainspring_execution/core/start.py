@@ -23,9 +23,10 @@ _INTEGERS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"|-?\d+(?:\.\d+|[eE])[-+\deE
 _MANY_DIGITS: Final = re.compile(rb"\d{19}")
 
 
-def is_run_id(run_id: str) -> bool:
-    """Whether a run could have this id."""
-    return _UUID.fullmatch(run_id) is not None
+def check_known_run_id(run_id: str) -> None:
+    """RUN_NOT_FOUND when no run can have this id."""
+    if _UUID.fullmatch(run_id) is None:
+        raise run_not_found(run_id)
 
 
 def check_run_id(run_id: str) -> None:
@@ -36,15 +37,20 @@ def check_run_id(run_id: str) -> None:
 
 def read_input(data: bytes) -> bytes:
     """The input as it is stored; REQUEST_INVALID when it is not JSON, or has integers over 64 bits."""
+    return check_json(data, field="start.input") or b"{}"
+
+
+def check_json(data: bytes, *, field: str) -> bytes:
+    """The bytes themselves; REQUEST_INVALID when they are not JSON, or have integers over 64 bits. Empty: nothing."""
     if not data:
-        return b"{}"
+        return data
     try:
         orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise _request_invalid("start.input", f"it is not JSON: {error}") from error
+        raise _request_invalid(field, f"it is not JSON: {error}") from error
     for found in _INTEGERS.finditer(data) if _MANY_DIGITS.search(data) else ():
         if found[1] and (len(found[1]) > 20 or not -(1 << 63) <= int(found[1]) < 1 << 64):
-            raise _request_invalid("start.input", "an integer has more than 64 bits: send it as text")
+            raise _request_invalid(field, "an integer has more than 64 bits: send it as text")
     return data
 
 
@@ -103,7 +109,7 @@ def run_not_found(run_id: str) -> MainspringError:
 def _request_invalid(field: str, fault: str) -> MainspringError:
     return MainspringError(
         Reason.REQUEST_INVALID,
-        f"The start breaks its rules: {field}: {fault}.",
+        f"The request breaks its rules: {field}: {fault}.",
         violations=[Violation(field, fault)],
         field=field,
     )

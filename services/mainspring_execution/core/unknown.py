@@ -1,4 +1,4 @@
-"""An unsafe call that was under way when its executor or its worker died: what a person is asked, what the answer means."""
+"""An unsafe call whose executor or worker died in mid-call: what a person is asked, and what the answer means."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def wait_of(tool: str) -> Wait | None:
 def open_wait(
     call: events_pb2.PlannedCall, *, now: float
 ) -> tuple[events_pb2.ToolExecuting, events_pb2.ApprovalRequested | None]:
-    """The intent of a call, and what a person is asked for it, without its id. TOOL_NOT_FOUND, TOOL_ARGUMENTS_INVALID."""
+    """The intent of a call, and what a person is asked, without its id. TOOL_NOT_FOUND, TOOL_ARGUMENTS_INVALID."""
     wait = wait_of(call.tool)
     if wait is None:
         raise MainspringError(Reason.TOOL_NOT_FOUND, f"There is no tool {call.tool}: check the name.", tool=call.tool)
@@ -99,9 +99,7 @@ def make_intent(call: events_pb2.PlannedCall) -> events_pb2.ToolExecuting:
     )
 
 
-def settle_wait(
-    progress: Progress, intent: events_pb2.ToolExecuting, *, now: float
-) -> events_pb2.ToolCompleted | None:
+def settle_wait(progress: Progress, intent: events_pb2.ToolExecuting, *, now: float) -> events_pb2.ToolCompleted | None:
     """The outcome of an open call; None: it goes on waiting."""
     wait = wait_of(intent.tool)
     ended = None if wait is None else wait.settle(progress, intent, now=now)
@@ -274,7 +272,9 @@ def _read_moment(call: events_pb2.PlannedCall, text: str, *, now: float) -> floa
         moment = datetime.fromisoformat(text)
         seconds = moment.timestamp()
     except (ValueError, OverflowError) as error:
-        raise arguments_invalid(call, "$.until", f"{text[:100]!r} is not RFC 3339, as in 2026-11-24T03:06:12Z") from error
+        raise arguments_invalid(
+            call, "$.until", f"{text[:100]!r} is not RFC 3339, as in 2026-11-24T03:06:12Z"
+        ) from error
     if moment.tzinfo is None:
         raise arguments_invalid(call, "$.until", "it names no time zone, such as Z or +02:00")
     if seconds > now + SECONDS_MAX:

@@ -13,25 +13,37 @@ Answer = TypeVar("Answer")
 
 
 class Attention:
-    """What may interrupt one run, and its waits. Each wait returns early when interrupted; the caller looks why."""
+    """What may interrupt one run, and its waits. Each wait returns early when interrupted; the caller looks why.
+
+    A cancel interrupts at once. Other `inputs` only wake: they are taken between two steps, in the order they came in.
+    """
 
     __slots__ = (
+        "_heard",
         "_thinking",
         "_waiter",
         "cancel_input",
+        "inputs",
         "is_abandoned",
         "is_awaiting_answers",
         "is_ending",
         "is_expired",
+        "is_leaving",
         "is_troubled",
     )
 
     def __init__(self) -> None:
         self.cancel_input: state_pb2.RunInput | None = None
+        self.inputs: list[state_pb2.RunInput] = []
+        # State tells an input again until it is consumed.
+        self._heard: set[str] = set()
         self.is_expired = False
+        # This process is about to stop: the run is given back before its next step.
+        self.is_leaving = False
         self.is_troubled = False
         self.is_abandoned = False
-        # The terminal event is on its way: a cancel or the deadline comes too late to interrupt anything.
+        # The terminal event, or the word that the run is given back, is on its way: a cancel or the deadline comes too
+        # late to interrupt anything.
         self.is_ending = False
         # Only then an answered append is worth waking for.
         self.is_awaiting_answers = False
@@ -46,11 +58,26 @@ class Attention:
             return True
         return not self.is_ending and (self.is_expired or self.cancel_input is not None)
 
-    def cancel(self, request: state_pb2.RunInput) -> None:
-        """Somebody asked for the run's end."""
-        if self.cancel_input is None:
+    def hear(self, request: state_pb2.RunInput) -> None:
+        """Somebody asked something of the run."""
+        if request.request_id in self._heard:
+            return
+        self._heard.add(request.request_id)
+        if not request.HasField("cancel"):
+            self.inputs.append(request)
+            self.wake()
+        elif self.cancel_input is None:
             self.cancel_input = request
             self._interrupt()
+
+    def hear_again(self) -> None:
+        """What was taken may not have been recorded: state tells it again, unless it was."""
+        self._heard = {request.request_id for request in self.inputs}
+
+    def leave(self) -> None:
+        """The run shall be given back when its step is done."""
+        self.is_leaving = True
+        self.wake()
 
     def expire(self) -> None:
         """The run's deadline passed."""

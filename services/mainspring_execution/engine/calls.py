@@ -6,20 +6,21 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Final
 
 from mainspring.v1 import dispatcher_pb2, events_pb2, types_pb2
-from mainspring_kit.errors import MainspringError
+from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import UserExecutionContext, new_id
 
 from mainspring_execution.core.decision import needs_durable_intent, refuse_call
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.policy import PAUSE_SECONDS_MAX, Failure, decide_retry
 from mainspring_execution.core.record import error_value, make_failure, make_outcome, to_ms
+from mainspring_execution.core.unknown import make_question
 from mainspring_execution.engine.catalog import Catalog
 from mainspring_execution.engine.deadlines import Deadlines
-from mainspring_execution.engine.journal import Journal
+from mainspring_execution.engine.journal import Journal, ask
 from mainspring_execution.peers import Dispatcher
 
 _FAILED: Final = (types_pb2.TOOL_STATUS_ERROR, types_pb2.TOOL_STATUS_TIMED_OUT)
@@ -50,6 +51,12 @@ class Calls:
         self._catalog = catalog
         self._deadlines = deadlines
         self._post_times: dict[str, float] = {}
+        # Calls that have failed here and are not made again yet.
+        self._failed: set[str] = set()
+
+    def known(self) -> Container[str]:
+        """The calls of which this process knows whether somebody makes them: no other could have begun them."""
+        return self.under_way.keys() | self._failed if self._failed else self.under_way
 
     def intend(self, plan: AgentPlan, planned: Sequence[events_pb2.PlannedCall]) -> bool:
         """Records the intents that the log lacks, and the failure of calls that the agent may not make.
@@ -95,6 +102,7 @@ class Calls:
                 timeout=self._deadlines.bound_call(plan, tool, name=call.tool),
             )
             self.under_way[call.call_id] = self._send(asked)
+            self._failed.discard(call.call_id)
             self._post_times[call.call_id] = now
         return next_seconds
 
@@ -169,10 +177,15 @@ class Calls:
         attempt = self._journal.progress.attempts[intent.call_id]
         outcome = make_outcome(intent, result, attempt=attempt, duration_ms=duration_ms)
         if plan is not None and outcome.status in _FAILED:
+            if intent.effect == types_pb2.EFFECT_CLASS_UNSAFE and outcome.error.reason == Reason.WORKER_LOST.name:
+                # As after a crash of this process: a person has to say what became of it.
+                ask(self._journal, make_question(intent))
+                return
             failure = Failure(outcome.error, outcome.attempts, intent.effect, result.attempts)
             retry_time = self._decide_retry(plan, failure)
             if retry_time is not None:
                 failed = make_failure(failure, retry_time=retry_time, call_id=intent.call_id)
+                self._failed.add(intent.call_id)
                 self._journal.record(attempt_failed=failed, safe_to_skip=True)
                 self._journal.flush()
                 return

@@ -90,7 +90,11 @@ class Claims:
             trace_id=run.trace_id,
         )
         log = await self._read_log(context, run)
-        agent: PreparedAgent | MainspringError | None = check_takeover(fold(log), run_id=run.run_id) if log else None
+        agent: PreparedAgent | MainspringError | None = None
+        # One that waits or is paused was held by nobody.
+        was_driven = bool(log) and run.state == types_pb2.RUN_STATE_RUNNING
+        if was_driven and not claimed.handed_back:
+            agent = check_takeover(fold(log), run_id=run.run_id)
         agent = agent or await self._recall_agent(context, run)
         drive = make_drive(
             self._around,
@@ -102,10 +106,14 @@ class Claims:
             lapses=lapses,
         )
         drive.resume(log)
-        if log:
-            drive.record_recovery(attempt=claimed.takeovers, executor_id=self._around.lease.executor_id)
+        if was_driven:
+            drive.record_recovery(
+                attempt=claimed.takeovers,
+                executor_id=self._around.lease.executor_id,
+                handed_back=claimed.handed_back,
+            )
         for request in claimed.inputs:
-            drive.attention.cancel(request)
+            drive.attention.hear(request)
         telemetry.logger().info("run_claimed", run_id=run.run_id, epoch=run.epoch, takeovers=claimed.takeovers)
         await self._runs.drive(drive)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final, TypeVar
 
 from mainspring.v1 import events_pb2, types_pb2
@@ -17,21 +16,28 @@ from mainspring_kit.identity import UserExecutionContext
 from mainspring_execution.core.decision import (
     CallModel,
     CallTools,
+    Close,
+    Decision,
+    Expire,
     Fail,
     Finish,
+    OpenWaits,
+    Park,
     decide,
 )
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.progress import fold
 from mainspring_execution.core.record import error_value
+from mainspring_execution.core.unknown import Ask, make_question
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
 from mainspring_execution.engine.catalog import PreparedAgent
 from mainspring_execution.engine.deadlines import Deadlines
 from mainspring_execution.engine.ending import Ending, internal_fault
-from mainspring_execution.engine.journal import Journal
+from mainspring_execution.engine.journal import Journal, ask
 from mainspring_execution.engine.surroundings import Grip, Surroundings
 from mainspring_execution.engine.thinking import Thinking
+from mainspring_execution.engine.waiting import Waiting
 
 REACH_SECONDS: Final = 0.25
 MENDS_MAX: Final = 3
@@ -82,12 +88,22 @@ class Drive:
             ending=ending,
             deadlines=deadlines,
         )
+        self._waiting = Waiting(
+            surroundings, context, attention=attention, journal=journal, grip=grip, deadlines=deadlines
+        )
         self._mends = 0
 
     @property
     def run_id(self) -> str:
         """The run."""
         return self._run.run_id
+
+    @property
+    def outcome(self) -> str:
+        """What became of the run here, as the log line says."""
+        if self.attention.is_abandoned:
+            return "run_left"
+        return "run_released" if self._journal.is_released else "run_ended"
 
     def summary(self) -> dict[str, object]:
         """What the log line of the run's end says."""
@@ -105,15 +121,20 @@ class Drive:
     def resume(self, log: Iterable[events_pb2.RunEvent]) -> None:
         """Takes the run's durable events, if there are any yet; with the first one the run's own time begins."""
         self._journal.restore(fold(log))
+        if self._journal.progress.waiting_since_ms:
+            self._journal.progress.end_wait(time.time() * 1e3)
         started_ms = self._journal.progress.started_ms
         carried_seconds = max(0.0, time.time() - started_ms / 1e3) if started_ms else 0.0
         if self._journal.progress.started:
             self._ending.begin(carried_seconds=carried_seconds)
 
-    def record_recovery(self, *, attempt: int, executor_id: str) -> None:
+    def record_recovery(self, *, attempt: int, executor_id: str, handed_back: bool) -> None:
         """Records that this executor goes on; durable before anything else is done."""
         recovered = events_pb2.RunRecovered(
-            attempt=max(attempt, 1), executor=executor_id, lost_calls=self._journal.progress.lost_calls()
+            attempt=max(attempt, 1),
+            executor=executor_id,
+            lost_calls=self._journal.progress.lost_calls(),
+            handed_back=handed_back,
         )
         self._journal.record(run_recovered=recovered)
         self._journal.flush()
@@ -161,7 +182,7 @@ class Drive:
             return False
         if attention.is_troubled:
             return await self._mend()
-        if journal.progress.ended:
+        if journal.progress.ended or journal.is_released:
             # Also where the log says so after a refused append: no cancel and no deadline can interrupt that any more.
             attention.is_ending = True
             await self._grip.wait_durable()
@@ -171,7 +192,12 @@ class Drive:
         elif attention.is_expired:
             await self._ending.timed_out(self._run)
         else:
-            await self._follow()
+            if attention.inputs and journal.progress.started:
+                self._waiting.take_inputs()
+            if self._waiting.pause_input is not None and not self._calls.under_way:
+                self._waiting.pause()
+            else:
+                await self._follow()
         return True
 
     async def _follow(self) -> None:
@@ -184,15 +210,38 @@ class Drive:
         if agent is None:
             await self._refuse_to_run()
             return
-        decision = decide(agent.plan, self._journal.progress, run_id=self._run.run_id, under_way=self._calls.under_way)
-        if isinstance(decision, CallTools):
-            await self._call_tools(agent.plan, decision.calls)
+        decision = decide(
+            agent.plan,
+            self._journal.progress,
+            run_id=self._run.run_id,
+            now=time.time(),
+            under_way=self._calls.known(),
+        )
+        if isinstance(decision, CallTools | CallModel) and self.attention.is_leaving and not self._calls.under_way:
+            self._waiting.hand_back()
+        elif isinstance(decision, CallTools):
+            await self._call_tools(agent.plan, decision)
         elif isinstance(decision, CallModel):
             await self._thinking.take_step(agent, decision.step)
         elif isinstance(decision, Finish):
             await self._ending.completed(agent.plan, decision.result)
         elif isinstance(decision, Fail):
             await self._ending.failed(decision.error)
+        else:
+            await self._wait(agent.plan, decision)
+
+    async def _wait(self, plan: AgentPlan, decision: Decision) -> None:
+        """Does what core decides for a run that waits, or has yet to begin."""
+        if isinstance(decision, OpenWaits):
+            self._waiting.open(plan, decision.calls)
+        elif isinstance(decision, Close):
+            self._journal.record(tool_completed=decision.outcome)
+        elif isinstance(decision, Park):
+            await self._waiting.park(decision)
+        elif isinstance(decision, Expire):
+            await self._waiting.expire(decision.approval_id)
+        elif isinstance(decision, Ask):
+            ask(self._journal, make_question(decision.intent))
         else:
             self._begin()
 
@@ -210,8 +259,9 @@ class Drive:
         assert self._unfit is not None, "a drive has an agent or a reason for having none"
         await self._ending.failed(error_value(self._unfit))
 
-    async def _call_tools(self, plan: AgentPlan, planned: Sequence[events_pb2.PlannedCall]) -> None:
-        """Makes the calls of a step, all at once, and records each outcome when it comes."""
+    async def _call_tools(self, plan: AgentPlan, decision: CallTools) -> None:
+        """Makes calls of a step, all at once, and records each outcome when it comes."""
+        planned = decision.calls
         intents = self._journal.progress.intents
         new_tools = [call.tool for call in planned if call.call_id not in intents]
         if self._around.catalog.lacks(new_tools, tenant_id=self._context.tenant_id) and not await self._grip.reach(
@@ -226,9 +276,9 @@ class Drive:
             await self._grip.wait_durable()
         self._deadlines.begin_step(plan, self._journal.progress.steps)
         while await self._grip.hold_lease() and not self.attention.is_interrupted:
-            next_seconds = self._calls.post(plan, planned)
+            next_seconds = min(self._calls.post(plan, planned), decision.until - time.time())
             under_way = self._calls.under_way
-            if not under_way and next_seconds == math.inf:
+            if not under_way or next_seconds <= 0 or self.attention.inputs:
                 return
             await self.attention.pause(next_seconds, under_way.values())
             if self.attention.is_interrupted:
@@ -272,6 +322,7 @@ class Drive:
         self._journal.restore(fold(log))
         # Only now: each append behind the refused one has alarmed as well.
         self.attention.is_troubled = self.attention.is_ending = False
+        self.attention.hear_again()
         return True
 
     async def _read_log(self) -> list[events_pb2.RunEvent]:

@@ -118,7 +118,8 @@ class Ending:
         )
         ended.duration_ms, stages = self._measure()
         ended.stages.extend(stages)
-        self._end(consumed_request_id=request.request_id, agent_cancelled=ended)
+        self._journal.consume(request.request_id)
+        self._end(agent_cancelled=ended)
 
     async def refused(self, refusal: MainspringError, *, attempt: int) -> None:
         """agent_failed / EVENT_REFUSED, or why else an append was not taken, without its payload.
@@ -132,10 +133,15 @@ class Ending:
         self._end_failed(error)
 
     def _close(self, error: types_pb2.RunError | None) -> None:
-        """Closes the calls that get no outcome any more: with the error, or as cancelled with the run."""
+        """Closes the calls and questions that are open: with the error, or as cancelled with the run."""
         self.mark(POSTPROCESSING)
         status = types_pb2.TOOL_STATUS_ERROR if error is not None else types_pb2.TOOL_STATUS_CANCELLED
         closing = error if error is not None else error_value(_call_cancelled())
+        for asked in list(self._journal.progress.approvals.values()):
+            withdrawn = events_pb2.ApprovalResolved(
+                approval_id=asked.approval_id, decision=types_pb2.APPROVAL_DECISION_WITHDRAWN
+            )
+            self._journal.record(approval_resolved=withdrawn)
         for outcome in close_calls(self._journal.progress, closing, status=status):
             self._journal.record(tool_completed=outcome)
 
@@ -153,10 +159,10 @@ class Ending:
         stages = measure_stages(self._marks, end=now, carried_seconds=self._carried_seconds)
         return (to_ms(now - self._began) if self._began else 0.0), stages
 
-    def _end(self, *, consumed_request_id: str = "", **payload: object) -> None:
+    def _end(self, **payload: object) -> None:
         self._attention.is_ending = True
         self._journal.record(**payload)
-        self._journal.flush([consumed_request_id] if consumed_request_id else [])
+        self._journal.flush()
 
 
 async def _check_at_length(plan: AgentPlan, result: bytes) -> MainspringError | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import deque
-from collections.abc import Sequence
 from typing import Final
 
 from google.rpc import code_pb2
-from mainspring.v1 import events_pb2, state_pb2
+from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, from_status, to_status
 from mainspring_kit.identity import new_id
 
@@ -45,12 +45,15 @@ class Journal:
         self.envelope = envelope
         self.epoch = epoch
         self.trouble: MainspringError | None = None
+        # The run was given back, as far as this process can tell: nothing more may be written.
+        self.is_released = False
         self._appends = appends
         self._tenant_id = tenant_id
         self._state_id = state_id
         self._attention = attention
         self._pending: list[events_pb2.RunEvent] = []
         self._pending_bytes = 0
+        self._consumed: list[str] = []
         self._unanswered: deque[_Sent] = deque()
         self._retry: asyncio.TimerHandle | None = None
 
@@ -80,9 +83,24 @@ class Journal:
         self._pending_bytes += size_bytes
         return event
 
-    def flush(self, consumed_request_ids: Sequence[str] = ()) -> bool:
+    def consume(self, request_id: str) -> None:
+        """An input is done with: what was just recorded says so, or there is nothing to say."""
+        self._consumed.append(request_id)
+
+    def release(self, due_time: float | None) -> None:
+        """Gives the run back with what is pending; somebody takes it up at `due_time`, in seconds since 1970.
+
+        None: only for an input or the deadline.
+        """
+        self.is_released = True
+        release = state_pb2.Release()
+        if due_time is not None:
+            release.due_time.FromMicroseconds(math.ceil(due_time * 1e6))
+        self.flush(release)
+
+    def flush(self, release: state_pb2.Release | None = None, *, metrics: types_pb2.RunMetrics | None = None) -> bool:
         """Sends what is pending, if anything, as one append. Nobody here awaits the answer: `is_settled`, `trouble`."""
-        if not self._pending:
+        if not self._pending and not self._consumed and release is None:
             return False
         append_id = new_id()
         for event in self._pending:
@@ -91,12 +109,16 @@ class Journal:
             append_id=append_id,
             tenant_id=self._tenant_id,
             run_id=self.envelope.run_id,
-            expected_seq=self._pending[0].seq - 1,
+            expected_seq=self.progress.seq - len(self._pending),
             epoch=self.epoch,
             events=self._pending,
-            consumed_request_ids=consumed_request_ids,
+            consumed_request_ids=self._consumed,
+            release=release,
+            metrics=metrics,
         )
         self._pending = []
+        if self._consumed:
+            self._consumed = []
         self._pending_bytes = 0
         self._post(append)
         return True
@@ -110,7 +132,9 @@ class Journal:
             self._retry = None
         self._pending.clear()
         self._pending_bytes = 0
+        self._consumed.clear()
         self._unanswered.clear()
+        self.is_released = False
 
     async def wait_answered(self) -> None:
         """Until every append has an answer, refusals included; state answers each, and the streams see to that."""
@@ -163,3 +187,9 @@ class Journal:
         self._unanswered.clear()
         for append in refused:
             self._post(append)
+
+
+def ask(journal: Journal, question: events_pb2.ApprovalRequested) -> None:
+    """Records a question under the id that its place in the log gives it."""
+    question.approval_id = f"{journal.envelope.run_id}.{journal.progress.seq + 1}"
+    journal.record(approval_requested=question)

@@ -87,32 +87,38 @@ class Runs:
         self._drives[run_id] = drive
         early = self._early_inputs.pop(run_id, None)
         if early is not None:
-            drive.attention.cancel(early)
+            drive.attention.hear(early)
+        if self.is_draining:
+            drive.attention.leave()
         try:
             await drive.run()
         finally:
             if self._drives.get(run_id) is drive:
                 del self._drives[run_id]
-        self._log.info("run_left" if drive.attention.is_abandoned else "run_ended", **drive.summary())
+        self._log.info(drive.outcome, **drive.summary())
 
     def take_input(self, request: state_pb2.RunInput) -> None:
         """Hands an input to its run, or keeps it for the run that is just being created or taken over."""
         drive = self._drives.get(request.run_id)
         if drive is not None:
-            drive.attention.cancel(request)
+            drive.attention.hear(request)
             return
-        self._early_inputs[request.run_id] = request
+        # Only one for each, and best a cancel: state tells what is not consumed again in a moment.
+        if request.HasField("cancel") or request.run_id not in self._early_inputs:
+            self._early_inputs[request.run_id] = request
         if len(self._early_inputs) > EARLY_INPUTS_MAX:
             self._early_inputs.popitem(last=False)
 
     async def drain(self, seconds: float) -> None:
-        """Starts no more, lets what runs end within so many seconds, and gives up what has not."""
+        """Starts no more, gives each run back when its step is done, and after so many seconds gives the others up."""
         self.is_draining = True
+        for drive in self._drives.values():
+            drive.attention.leave()
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         except TimeoutError:
-            self._log.info("runs_handed_back", count=len(self._drives))
+            self._log.info("runs_given_up", count=len(self._drives))
         for drive in self._drives.values():
             drive.attention.abandon()
 

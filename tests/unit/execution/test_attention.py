@@ -38,7 +38,11 @@ async def test_a_wait_for_what_is_done_already_ends_at_once() -> None:
     second.cancel()
 
 
-@pytest.mark.parametrize("interrupt", ["cancel", "expire", "abandon", "alarm"])
+def cancel(request_id: str) -> state_pb2.RunInput:
+    return state_pb2.RunInput(request_id=request_id, cancel=state_pb2.CancelInput())
+
+
+@pytest.mark.parametrize("interrupt", ["hear", "expire", "abandon", "alarm"])
 async def test_an_interrupt_ends_a_wait_and_a_thought(interrupt: str) -> None:
     waits: list[Callable[[Attention], Coroutine[Any, Any, Any]]] = [  # Any: each waits for something else
         lambda attention: attention.wait(),
@@ -47,7 +51,7 @@ async def test_an_interrupt_ends_a_wait_and_a_thought(interrupt: str) -> None:
     ]
     for waiting in waits:
         attention = Attention()
-        arguments = [state_pb2.RunInput(request_id="r")] if interrupt == "cancel" else []
+        arguments = [cancel("r")] if interrupt == "hear" else []
         asyncio.get_running_loop().call_soon(getattr(attention, interrupt), *arguments)
         async with asyncio.timeout(1):
             assert await waiting(attention) is None
@@ -82,7 +86,7 @@ async def test_an_end_on_its_way_is_not_interrupted_by_cancel_or_deadline() -> N
     attention = Attention()
     attention.is_ending = True
     attention.expire()
-    attention.cancel(state_pb2.RunInput(request_id="r"))
+    attention.hear(cancel("r"))
     assert not attention.is_interrupted
     attention.alarm()
     assert attention.is_interrupted
@@ -90,7 +94,32 @@ async def test_an_end_on_its_way_is_not_interrupted_by_cancel_or_deadline() -> N
 
 async def test_the_first_cancel_is_the_one_that_counts() -> None:
     attention = Attention()
-    attention.cancel(state_pb2.RunInput(request_id="first"))
-    attention.cancel(state_pb2.RunInput(request_id="second"))
+    attention.hear(cancel("first"))
+    attention.hear(cancel("second"))
     assert attention.cancel_input is not None
     assert attention.cancel_input.request_id == "first"
+
+
+async def test_other_inputs_wake_and_interrupt_nothing() -> None:
+    attention = Attention()
+    signal = state_pb2.RunInput(request_id="r", signal=state_pb2.SignalInput(name="go"))
+    asyncio.get_running_loop().call_soon(attention.hear, signal)
+    async with asyncio.timeout(1):
+        await attention.pause(60)
+    assert not attention.is_interrupted
+    assert attention.inputs == [signal]
+    assert await attention.listen(asyncio.sleep(0, "thought")) == "thought"
+
+
+async def test_an_input_is_heard_once_until_what_was_taken_may_be_lost() -> None:
+    attention = Attention()
+    signal = state_pb2.RunInput(request_id="r", signal=state_pb2.SignalInput(name="go"))
+    attention.hear(signal)
+    attention.hear(signal)
+    assert len(attention.inputs) == 1
+    attention.inputs = []
+    attention.hear(signal)
+    assert not attention.inputs
+    attention.hear_again()
+    attention.hear(signal)
+    assert attention.inputs == [signal]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +9,6 @@ from mainspring.v1 import dispatcher_pb2, events_pb2, types_pb2
 from mainspring_execution.core.decision import (
     CallModel,
     CallTools,
-    Decision,
     Fail,
     Finish,
     Wait,
@@ -21,58 +18,18 @@ from mainspring_execution.core.decision import (
     refuse_call,
 )
 from mainspring_execution.core.progress import Progress, fold
-from mainspring_execution.core.record import make_call_id, make_outcome
+from mainspring_execution.core.record import make_outcome
+from mainspring_execution.core.unknown import Ask
 
-from tests.unit.execution.samples import ENVELOPE, RUN_ID, plan, started
+from tests.unit.execution.samples import ENVELOPE, NOW, PURE, RUN_ID, Log, plan
 
 pytestmark = pytest.mark.unit
 
-PURE, KEYED, UNSAFE = types_pb2.EFFECT_CLASS_PURE, types_pb2.EFFECT_CLASS_KEYED, types_pb2.EFFECT_CLASS_UNSAFE
-
-
-class Log:
-    """A log under construction, as a driver writes it."""
-
-    def __init__(self) -> None:
-        self.events = [started()]
-
-    def add(self, **payload: Any) -> Log:
-        self.events.append(ENVELOPE.event(len(self.events) + 1, **payload))
-        return self
-
-    def think(self, step: int, *, calls: int = 0, result: bytes = b"") -> Log:
-        seq = len(self.events) + 1
-        planned = [
-            events_pb2.PlannedCall(
-                call_id=make_call_id(RUN_ID, seq, index=index), tool="diagnostics.echo", arguments=b"{}"
-            )
-            for index in range(calls)
-        ]
-        usage = types_pb2.Usage(input_tokens=2, output_tokens=3)
-        return self.add(
-            agent_thinking=events_pb2.AgentThinking(step=step, planned_calls=planned, result=result, usage=usage)
-        )
-
-    def intend(self, effect: types_pb2.EffectClass.ValueType = PURE) -> Log:
-        call = next(call for call in fold(self.events).open_calls() if call.call_id not in fold(self.events).intents)
-        return self.add(
-            tool_executing=events_pb2.ToolExecuting(call_id=call.call_id, tool=call.tool, effect=effect, attempt=1)
-        )
-
-    def complete(self) -> Log:
-        call_id = fold(self.events).lost_calls()[0]
-        return self.add(tool_completed=events_pb2.ToolCompleted(call_id=call_id, status=types_pb2.TOOL_STATUS_OK))
-
-    def recover(self) -> Log:
-        lost = fold(self.events).lost_calls()
-        return self.add(run_recovered=events_pb2.RunRecovered(attempt=1, executor="e2", lost_calls=lost))
-
-    def decision(self, **limits: Any) -> Decision:
-        return decide(plan(limits=limits), fold(self.events), run_id=RUN_ID)
+KEYED, UNSAFE = types_pb2.EFFECT_CLASS_KEYED, types_pb2.EFFECT_CLASS_UNSAFE
 
 
 def test_a_run_without_events_begins() -> None:
-    assert decide(plan(), Progress(), run_id=RUN_ID) is Wait.BEGIN
+    assert decide(plan(), Progress(), run_id=RUN_ID, now=NOW) is Wait.BEGIN
 
 
 def test_a_begun_run_asks_its_model_for_the_first_step() -> None:
@@ -120,16 +77,15 @@ def test_a_lost_call_that_may_be_repeated_is_made_again_under_its_id(effect: typ
     assert fold(log.events).attempts == {f"{RUN_ID}.2.0": 2}
 
 
-def test_a_lost_unsafe_call_is_never_made_again() -> None:
+def test_a_lost_unsafe_call_is_never_made_again_by_itself() -> None:
     decision = Log().think(1, calls=1).intend(UNSAFE).recover().decision()
-    assert isinstance(decision, Fail)
-    assert (decision.error.reason, decision.error.metadata["call_id"]) == ("WORKER_LOST", f"{RUN_ID}.2.0")
-    assert "not known" in decision.error.message
+    assert isinstance(decision, Ask)
+    assert decision.intent.call_id == f"{RUN_ID}.2.0"
 
 
 def test_an_unsafe_call_that_is_under_way_here_is_not_lost() -> None:
     progress = fold(Log().think(1, calls=1).intend(UNSAFE).events)
-    decision = decide(plan(), progress, run_id=RUN_ID, under_way={f"{RUN_ID}.2.0": None})
+    decision = decide(plan(), progress, run_id=RUN_ID, now=NOW, under_way={f"{RUN_ID}.2.0": None})
     assert isinstance(decision, CallTools)
 
 
@@ -270,7 +226,7 @@ def test_any_prefix_folds_to_the_same_decision_however_it_is_reached(
     wire = [events_pb2.RunEvent.FromString(event.SerializeToString()) for event in events[:cut]]
     grown = Progress()
     for event in events[:cut]:
-        decide(plan(), grown, run_id=RUN_ID)
+        decide(plan(), grown, run_id=RUN_ID, now=NOW)
         grown.apply(event)
-    assert decide(plan(), grown, run_id=RUN_ID) == decide(plan(), fold(wire), run_id=RUN_ID)
+    assert decide(plan(), grown, run_id=RUN_ID, now=NOW) == decide(plan(), fold(wire), run_id=RUN_ID, now=NOW)
     assert grown.seq == cut

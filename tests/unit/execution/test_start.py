@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from mainspring.v1 import execution_pb2
-from mainspring_execution.core.start import check_run_id, hash_request, is_run_id, make_create, read_input
+from mainspring_execution.core.start import check_known_run_id, check_run_id, hash_request, make_create, read_input
 from mainspring_kit.errors import MainspringError
 
 from tests.unit.execution.samples import ENVELOPE, RUN_ID, plan
@@ -33,9 +33,11 @@ def test_a_new_run_needs_a_uuid_of_version_seven(run_id: str) -> None:
 
 
 def test_only_a_uuid_can_name_a_run() -> None:
-    assert is_run_id(RUN_ID)
-    assert not is_run_id("run-1")
-    assert not is_run_id(RUN_ID + "\n")
+    check_known_run_id(RUN_ID)
+    for run_id in ("", "run-1", RUN_ID + "\n"):
+        with pytest.raises(MainspringError) as raised:
+            check_known_run_id(run_id)
+        assert raised.value.reason_name == "RUN_NOT_FOUND"
 
 
 def test_the_hash_covers_all_that_was_asked_and_no_boundary_moves() -> None:
