@@ -140,7 +140,9 @@ async def test_a_wrong_frame_is_answered_and_the_socket_stays(gateway: GatewayPr
             ({"op": "start", "agent": "a", "session_id": "default"}, "CONTEXT_INVALID"),
             ({"op": "follow", "run_id": "no-run"}, "RUN_NOT_FOUND"),
             ({"op": "follow", "scope": "user"}, "NOT_IMPLEMENTED"),
-            ({"op": "approve", "approval_id": "a", "decision": "allow"}, "NOT_IMPLEMENTED"),
+            ({"op": "approve", "approval_id": "a", "decision": "allow"}, "APPROVAL_NOT_FOUND"),
+            ({"op": "signal", "run_id": "no-run", "name": "go"}, "RUN_NOT_FOUND"),
+            ({"op": "resume", "run_id": "r", "reason": "why"}, "REQUEST_INVALID"),
             ({"op": "hello", "token": token()}, "REQUEST_INVALID"),
         ):
             answer = await ask(socket, {"id": "7", **frame})
