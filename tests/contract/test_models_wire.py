@@ -254,7 +254,7 @@ async def test_what_cannot_be_read_is_an_internal_fault(model: Model, server: Mo
 
 
 async def test_an_error_in_the_stream_is_told_by_its_kind(model: Model, provider: str, server: ModelServer) -> None:
-    error = {"type": "error", "error": {"type": "rate_limit_error", "message": "too much"}}
+    error: dict[str, Any] = {"type": "error", "error": {"type": "rate_limit_error", "message": "too much"}}
     server.script(
         Reply([*FRAMES[provider](["Hel"], ends=False), b"event: error\ndata: " + orjson.dumps(error) + b"\n\n"])
     )
@@ -287,7 +287,9 @@ async def test_an_answer_that_does_not_fit_is_shown_to_its_model(
 ) -> None:
     model = made(provider, server, shop, output_schema={"type": "object", "required": ["answer"]})
     server.script(Reply(FRAMES[provider](["It is 7."])), Reply(FRAMES[provider](['```json\n{"answer": 7}\n```'])))
-    error = await failure(model)
+    faulty = await model.think(turn(), unheard)
+    error = faulty.fault
+    assert error is not None and faulty.usage.output_tokens == 10
     assert (error.reason_name, error.metadata["answer"]) == ("RESULT_INVALID", "It is 7.")
     told = types_pb2.RunError(reason=error.reason_name, message=error.message, metadata=error.metadata)
     failed = events_pb2.AttemptFailed(step=1, attempt=1, error=told)
@@ -301,8 +303,9 @@ async def test_an_answer_that_does_not_fit_is_shown_to_its_model(
 
 async def test_arguments_that_are_no_object_are_not_taken(model: Model, provider: str, server: ModelServer) -> None:
     server.script(Reply(FRAMES[provider](["Now."], [("diagnostics__echo", '{"value": ')])))
-    error = await failure(model)
-    assert (error.reason_name, error.metadata["path"]) == ("RESULT_INVALID", "calls[0].arguments")
+    fault = (await model.think(turn(), unheard)).fault
+    assert fault is not None
+    assert (fault.reason_name, fault.metadata["path"]) == ("RESULT_INVALID", "calls[0].arguments")
 
 
 async def test_a_turn_may_ask_a_fallback(provider: str, server: ModelServer, shop: Shop) -> None:

@@ -90,4 +90,18 @@ TOOLS: Final = {
     )
 }
 
+
+def describe(name: str, *, description: str = "") -> types_pb2.Tool | None:
+    """What models are told of one of these tools; `description`: of the agent that it names."""
+    if name.startswith(AGENT_PREFIX):
+        told = (
+            f"Has the agent {name.removeprefix(AGENT_PREFIX)} do something: {description} The arguments are its input."
+        )
+        return _tool(name, told, {"type": "object"})
+    if name.startswith(HANDOFF_PREFIX):
+        told = f"Hands the conversation over to the agent {name.removeprefix(HANDOFF_PREFIX)}, for good: {description}"
+        return _tool(name, told, _object([], reason={"description": "Why, in a few words.", "type": "string"}))
+    return TOOLS.get(name)
+
+
 SCHEMAS: Final = {name: Schema(orjson.loads(tool.input_schema)) for name, tool in TOOLS.items()}

@@ -89,7 +89,7 @@ def decide_retry(
 
     `policies`: what the specification says, by class. `chance`: from 0 to 1, another one each time.
     """
-    policy = _policy_of(policies, failure)
+    policy = policy_of(policies, failure)
     if policy is None or failure.attempt >= policy.attempts or retries_left <= 0:
         return None
     if failure.effect == types_pb2.EFFECT_CLASS_UNSAFE and failure.executions:
@@ -110,7 +110,8 @@ def asked_seconds(error: types_pb2.RunError) -> float:
     return seconds if seconds > 0 else 0.0
 
 
-def _policy_of(policies: Mapping[str, ErrorPolicy], failure: Failure) -> ErrorPolicy | None:
+def policy_of(policies: Mapping[str, ErrorPolicy], failure: Failure) -> ErrorPolicy | None:
+    """What is done about a failure; None: nothing."""
     error_class = class_of(failure.error)
     is_free = failure.effect in (types_pb2.EFFECT_CLASS_PURE, types_pb2.EFFECT_CLASS_IDEMPOTENT)
     default = None if error_class == INTERNAL and not is_free else DEFAULT_POLICIES.get(error_class)

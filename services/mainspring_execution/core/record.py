@@ -138,9 +138,18 @@ def make_outcome(
     return outcome
 
 
-def make_failure(failure: Failure, *, retry_time: float, step: int = 0, call_id: str = "") -> events_pb2.AttemptFailed:
+def make_failure(
+    failure: Failure,
+    *,
+    retry_time: float,
+    step: int = 0,
+    call_id: str = "",
+    usage: types_pb2.Usage | None = None,
+) -> events_pb2.AttemptFailed:
     """A failed attempt at a model step or a call as the log keeps it; `retry_time` in seconds since 1970."""
-    failed = events_pb2.AttemptFailed(step=step, call_id=call_id, attempt=failure.attempt, error=failure.error)
+    failed = events_pb2.AttemptFailed(
+        step=step, call_id=call_id, attempt=failure.attempt, error=failure.error, usage=usage
+    )
     failed.retry_time.FromMicroseconds(math.ceil(retry_time * 1e6))
     return failed
 

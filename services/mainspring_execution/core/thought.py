@@ -14,6 +14,8 @@ from mainspring_execution.core.record import PAYLOAD_BYTES_MAX, make_call_id
 
 TEXT_BYTES_MAX: Final = 1 << 20
 ARGUMENTS_BYTES_MAX: Final = 1 << 20
+# How much of an answer that was not taken its model sees again.
+FAULTY_CHARACTERS_MAX: Final = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,10 @@ class WantedCall:
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """What a model step answers. With a result it ends the run, after its calls."""
+    """What a model step answers. With a result it ends the run, after its calls.
+
+    `fault`: why the answer can't be taken; the model may do better when it is told.
+    """
 
     model: str
     text: str
@@ -60,6 +65,7 @@ class Thought:
     calls: tuple[WantedCall, ...] = ()
     result: bytes = b""
     provider_state: bytes = b""
+    fault: MainspringError | None = None
 
 
 def record_thought(thought: Thought, *, run_id: str, seq: int, step: int) -> events_pb2.AgentThinking:

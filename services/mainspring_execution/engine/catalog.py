@@ -16,6 +16,7 @@ from mainspring_kit import telemetry
 from mainspring_kit.identity import UserExecutionContext
 from mainspring_kit.tasks import raise_if_cancelled
 
+from mainspring_execution.core.intrinsic import describe, is_intrinsic
 from mainspring_execution.core.plan import AgentPlan, read_plan
 from mainspring_execution.models import Model, make_model
 from mainspring_execution.models.conversing import Shop
@@ -125,6 +126,16 @@ class Catalog:
     def tool(self, name: str, *, tenant_id: str) -> types_pb2.Tool | None:
         """A tool as its worker declared it: the tenant's own, or the one that all may call."""
         return self._tools.get((tenant_id, name)) or self._tools.get(("", name))
+
+    def offer(self, tools: Iterable[str], *, tenant_id: str) -> list[types_pb2.Tool]:
+        """What a model is told of the tools that it may call, in the order of their names."""
+        return [tool for name in sorted(tools) if (tool := self._describe(name, tenant_id=tenant_id)) is not None]
+
+    def _describe(self, name: str, *, tenant_id: str) -> types_pb2.Tool | None:
+        if not is_intrinsic(name):
+            return self.tool(name, tenant_id=tenant_id)
+        agent = self._newest.get((tenant_id, name.partition(".")[2]))
+        return describe(name, description=agent.description if agent is not None else "")
 
     def _keep(self, tenant_id: str, tool: types_pb2.Tool) -> None:
         key = (tenant_id, tool.name)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Sequence
 from typing import Final
 
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import new_id
 
-from mainspring_execution.core.decision import check_result, result_unchecked
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.record import (
     COMPLETION,
@@ -21,23 +18,18 @@ from mainspring_execution.core.record import (
     PREPROCESSING,
     close_calls,
     error_value,
+    make_metrics,
     measure_stages,
     to_ms,
     usage,
 )
-from mainspring_execution.core.schema import TooCostlyError
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
+from mainspring_execution.engine.checking import check
 from mainspring_execution.engine.journal import Journal
 from mainspring_execution.peers import CANCEL_SECONDS
 
 STOP_SECONDS: Final = 1.0
-# A step takes some 20 µs. Checks that take more than a moment go on in a thread, one after the other, so that however
-# many there are the loop has half of the time.
-STEPS_AT_ONCE: Final = 500
-STEPS_MAX: Final = 100_000
-
-_CHECKS: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checks")
 
 
 class Ending:
@@ -66,10 +58,7 @@ class Ending:
     async def completed(self, plan: AgentPlan, result: bytes) -> None:
         """agent_completed, or agent_failed / RESULT_INVALID."""
         self.mark(POSTPROCESSING)
-        try:
-            error = check_result(plan, result, steps_max=STEPS_AT_ONCE)
-        except TooCostlyError:
-            error = await _check_at_length(plan, result)
+        error = await check(plan, result)
         if error is not None:
             self._end_failed(error_value(error))
             return
@@ -77,7 +66,7 @@ class Ending:
         completed = events_pb2.AgentCompleted(result=result, usage=usage(self._journal.progress))
         completed.duration_ms, stages = self._measure()
         completed.stages.extend(stages)
-        self._end(agent_completed=completed)
+        self._end(stages, agent_completed=completed)
 
     async def failed(self, error: types_pb2.RunError) -> None:
         """agent_failed; calls under way are told to stop."""
@@ -103,7 +92,7 @@ class Ending:
         ended = events_pb2.AgentTimedOut(error=error_value(error), usage=usage(self._journal.progress))
         ended.duration_ms, stages = self._measure()
         ended.stages.extend(stages)
-        self._end(agent_timed_out=ended)
+        self._end(stages, agent_timed_out=ended)
 
     async def cancelled(self, request: state_pb2.RunInput) -> None:
         """agent_cancelled, with a receipt for each call that was under way."""
@@ -119,7 +108,7 @@ class Ending:
         ended.duration_ms, stages = self._measure()
         ended.stages.extend(stages)
         self._journal.consume(request.request_id)
-        self._end(agent_cancelled=ended)
+        self._end(stages, agent_cancelled=ended)
 
     async def refused(self, refusal: MainspringError, *, attempt: int) -> None:
         """agent_failed / EVENT_REFUSED, or why else an append was not taken, without its payload.
@@ -151,7 +140,7 @@ class Ending:
         ended = events_pb2.AgentFailed(error=error, usage=usage(self._journal.progress))
         ended.duration_ms, stages = self._measure()
         ended.stages.extend(stages)
-        self._end(agent_failed=ended)
+        self._end(stages, agent_failed=ended)
 
     def _measure(self) -> tuple[float, list[types_pb2.Stage]]:
         """The run's duration in milliseconds, 0 if it never began, and its stages."""
@@ -159,18 +148,10 @@ class Ending:
         stages = measure_stages(self._marks, end=now, carried_seconds=self._carried_seconds)
         return (to_ms(now - self._began) if self._began else 0.0), stages
 
-    def _end(self, **payload: object) -> None:
+    def _end(self, stages: Sequence[types_pb2.Stage], **payload: object) -> None:
         self._attention.is_ending = True
         self._journal.record(**payload)
-        self._journal.flush()
-
-
-async def _check_at_length(plan: AgentPlan, result: bytes) -> MainspringError | None:
-    check = partial(check_result, plan, result, steps_max=STEPS_MAX)
-    try:
-        return await asyncio.get_running_loop().run_in_executor(_CHECKS, check)
-    except TooCostlyError:
-        return result_unchecked(plan)
+        self._journal.flush(metrics=make_metrics(self._journal.progress, stages))
 
 
 def _call_cancelled() -> MainspringError:

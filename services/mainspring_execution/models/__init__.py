@@ -32,6 +32,10 @@ class Model(Protocol):
         """How many other models there are to ask, one after the other, when the first cannot answer."""
         ...
 
+    def rank(self, name: str) -> int:
+        """Which of them has this name, `provider/name`; 0: the first one, or none of them."""
+        ...
+
     @property
     def repairs(self) -> int:
         """How often it is told of an answer that was not right, to give another one."""
@@ -44,7 +48,7 @@ class Model(Protocol):
     async def think(self, turn: Turn, emit: Emit) -> Thought:
         """Answers one step, giving its text to `emit` as it comes; raises MainspringError.
 
-        Its code says whether another attempt may help. RESULT_INVALID: it may when the turn brings this failure.
+        Its code says whether another attempt may help.
         """
         ...
 

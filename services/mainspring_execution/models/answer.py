@@ -12,7 +12,7 @@ from mainspring.v1 import types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 
 from mainspring_execution.core.conversation import Part
-from mainspring_execution.core.thought import WantedCall
+from mainspring_execution.core.thought import FAULTY_CHARACTERS_MAX, WantedCall
 from mainspring_execution.core.tool_names import tool_named
 from mainspring_execution.models.endpoint import Endpoint
 from mainspring_execution.models.faults import model_failed
@@ -20,8 +20,6 @@ from mainspring_execution.models.prices import Tokens
 
 # Well over what a step may keep: an answer that grows for ever must not fill the memory until then.
 ANSWER_CHARACTERS_MAX: Final = 16 << 20
-# How much of an answer that was not taken its model sees again.
-FAULTY_CHARACTERS_MAX: Final = 2_000
 
 ENDED: Final = "ended"
 CUT: Final = "cut"
@@ -83,13 +81,8 @@ class Draft:
         self.text = "".join(self._pieces)
 
 
-def conclude(
-    draft: Draft, endpoint: Endpoint, *, tools: Sequence[str], wants_json: bool, step: int
-) -> tuple[tuple[WantedCall, ...], bytes]:
-    """The calls that the answer asks for, or the result that it is: without calls an answer ends the run.
-
-    RESULT_INVALID where the model might do better when told; MODEL_FAILED.
-    """
+def check_end(draft: Draft, endpoint: Endpoint, *, step: int) -> None:
+    """MODEL_FAILED unless the answer has ended as it should."""
     if draft.stop == CUT:
         what = "had no more tokens for its answer. Raise model.max_tokens, or ask for less."
         raise model_failed(endpoint, grpc.StatusCode.FAILED_PRECONDITION, what=what, step=step)
@@ -98,6 +91,13 @@ def conclude(
         raise model_failed(endpoint, grpc.StatusCode.FAILED_PRECONDITION, what=what, step=step)
     if draft.stop != ENDED:
         raise model_failed(endpoint, grpc.StatusCode.UNAVAILABLE, what="broke off in its answer.", step=step)
+
+
+def conclude(draft: Draft, *, tools: Sequence[str], wants_json: bool) -> tuple[tuple[WantedCall, ...], bytes]:
+    """The calls that the answer asks for, or the result that it is: without calls an answer ends the run.
+
+    RESULT_INVALID where it can't be taken; the model might do better when it is told.
+    """
     if draft.calls:
         calls = [_read_call(call, f"calls[{index}]", tools=tools) for index, call in enumerate(draft.calls)]
         return tuple(calls), b""

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
+from mainspring_kit.errors import MainspringError
 
 from mainspring_execution.core.conversation import compose
 from mainspring_execution.core.plan import AgentPlan, spec_invalid
 from mainspring_execution.core.thought import Thought, Turn
 from mainspring_execution.models import anthropic, openai
-from mainspring_execution.models.answer import Draft, Question, conclude
+from mainspring_execution.models.answer import Draft, Question, check_end, conclude
 from mainspring_execution.models.clients import Clients
 from mainspring_execution.models.credentials import Credentials
 from mainspring_execution.models.endpoint import REPAIRS_DEFAULT, Endpoint, read_endpoints, read_window
@@ -63,12 +64,17 @@ class ConversingModel:
         """How many other models there are to ask when the first one cannot answer."""
         return len(self._endpoints) - 1
 
+    def rank(self, name: str) -> int:
+        """Which of the models has this name; 0 for others."""
+        titles = [endpoint.title for endpoint in self._endpoints]
+        return titles.index(name) if name in titles else 0
+
     def waits(self, step: int) -> bool:
         """Always."""
         return True
 
     async def think(self, turn: Turn, emit: Callable[[str], None]) -> Thought:
-        """Answers one step; CREDENTIAL_MISSING, MODEL_FAILED, RESULT_INVALID."""
+        """Answers one step; CREDENTIAL_MISSING, MODEL_FAILED."""
         endpoint = self._endpoints[min(turn.fallback, self.fallbacks)]
         question = Question(
             self._instructions,
@@ -77,14 +83,14 @@ class ConversingModel:
             self._schema,
         )
         draft = await self._ask(endpoint, question, turn=turn, emit=emit)
-        calls, result = conclude(
-            draft,
-            endpoint,
-            tools=[tool.name for tool in turn.tools],
-            wants_json=self._schema is not None,
-            step=turn.step,
-        )
         usage = self._shop.prices.usage(endpoint.provider, endpoint.name, tokens=draft.tokens)
+        check_end(draft, endpoint, step=turn.step)
+        try:
+            calls, result = conclude(
+                draft, tools=[tool.name for tool in turn.tools], wants_json=self._schema is not None
+            )
+        except MainspringError as fault:
+            return Thought(endpoint.title, draft.text, usage, fault=fault)
         return Thought(endpoint.title, draft.text, usage, calls, result, draft.state)
 
     async def _ask(self, endpoint: Endpoint, question: Question, *, turn: Turn, emit: Callable[[str], None]) -> Draft:

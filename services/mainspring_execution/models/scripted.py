@@ -79,6 +79,10 @@ class ScriptedModel:
             for expression in template.expressions
         )
 
+    def rank(self, name: str) -> int:
+        """There is one script."""
+        return 0
+
     @property
     def needs_history(self) -> bool:
         """Whether an expression names `history` or `session.history`."""
