@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from mainspring.v1 import execution_pb2 as pb
 from mainspring.v1 import execution_pb2_grpc as rpc
@@ -40,6 +41,7 @@ class Execution:
 
     servicer: ExecutionServicer
     runs: Runs
+    claims: Claims
     around: Surroundings
 
     def is_ready(self) -> bool:
@@ -47,8 +49,9 @@ class Execution:
         return self.around.lease.is_held and not self.runs.is_draining
 
     async def drain(self, seconds: float) -> None:
-        """Takes no more, lets runs end, and hands the rest to other executors at once."""
+        """Takes no more, lets steps end, and hands the runs to other executors at once."""
         self.runs.is_draining = True
+        self.claims.stop()
         self.servicer.end_streams()
         await self.runs.drain(seconds)
         await self.around.lease.leave()
@@ -71,23 +74,24 @@ async def wired(settings: ExecutionSettings) -> AsyncIterator[Execution]:
         lease = Lease(state, executor_id)
         around = Surroundings(state, dispatcher, catalog, lease, Deltas(state))
         runs = Runs(around, runs_max=settings.runs_max)
+        claims = Claims(around, runs)
         async with background(
             state.appends.run(),
             around.deltas.run(),
             dispatcher.calls.run(),
             catalog.watch(),
             lease.beat(runs.take_input),
-            Claims(around, runs).run(),
+            claims.run(),
         ) as tasks:
             runs.open(tasks)
-            yield Execution(ExecutionServicer(runs, state), runs, around)  # type: ignore[abstract]  # the rest is not built
+            yield Execution(ExecutionServicer(runs, state), runs, claims, around)  # type: ignore[abstract]  # the rest is not built
 
 
 def _open_shop(settings: ExecutionSettings) -> Shop:
     return Shop(
         Clients(),
-        Credentials(settings.credentials_dir, os.environ),
-        load_prices(settings.prices_file),
+        Credentials(Path(settings.credentials_dir) if settings.credentials_dir else None, os.environ),
+        load_prices(Path(settings.prices_file) if settings.prices_file else None),
         settings.model_addresses(),
     )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from mainspring_kit.config import ServiceSettings
 from pydantic import Field
 
@@ -18,13 +16,14 @@ class ExecutionSettings(ServiceSettings):
     dispatcher_target: str = Field(min_length=1, description="the dispatcher, in the same syntax")
     state_target: str = Field(min_length=1, description="state, in the same syntax")
     runs_max: int = Field(2_000, ge=1, le=10_000, description="runs driven at once; above it starts are refused")
-    credentials_dir: Path | None = Field(
-        None, description="folder of model providers' keys: <folder>/<tenant>/<name>, else <folder>/<name>"
+    credentials_dir: str = Field(
+        "",
+        description="folder of model providers' keys, `<tenant>/<name>` or `<name>`; besides `MAINSPRING_CREDENTIAL_*`",
     )
-    prices_file: Path | None = Field(None, description="prices of models, in the form of models/prices.toml")
+    prices_file: str = Field("", description="TOML file of models' prices, besides the platform's own")
     model_base_urls: str = Field(
         "",
-        description="addresses that `base_url` of a specification may name, comma-separated; `*`: any, and development",
+        description="what `model.base_url` of a specification may be, comma-separated; `*`: anything, as in development",
     )
 
     def model_addresses(self) -> frozenset[str]:

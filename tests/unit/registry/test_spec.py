@@ -37,6 +37,10 @@ def scripted(*steps: object, **changes: object) -> Spec:
     return spec(model={"provider": "scripted", "script": list(steps)}, **changes)
 
 
+def real(**fields: object) -> Spec:
+    return spec(model={"provider": "openai", "name": "m", **fields})
+
+
 def faults(document: Spec | bytes) -> dict[str, str]:
     """Field to description of the SPEC_INVALID that the document gets."""
     with pytest.raises(MainspringError) as raised:
@@ -113,6 +117,20 @@ def test_the_schema_is_one_and_describes_every_field() -> None:
         spec(limits={"step_timeout": "30s", "retries": 0}, tools=["t"], tool_timeouts={"t": "5s"}),
         spec(model={"provider": "openai", "name": "any-model", "timeout": "20s"}),
         spec(
+            model={
+                "provider": "openai",
+                "name": "any-model",
+                "base_url": "http://models.internal:8000/v1",
+                "credential": "team_a-key",
+                "temperature": 0.5,
+                "max_tokens": 1,
+                "structured": True,
+                "options": {"reasoning_effort": "low"},
+                "context": {"max_tokens": 8000, "keep_last": 2},
+                "fallbacks": [{"provider": "anthropic", "name": "other", "max_tokens": 100}],
+            }
+        ),
+        spec(
             errors={
                 "timeout": {"attempts": 5, "backoff": {"initial": "1s", "max": "1m", "multiplier": 1.5}},
                 "internal": {},
@@ -182,6 +200,21 @@ def test_right_specifications_are_taken(document: Spec) -> None:
         (spec(limits={"step_timeout": "0s"}), "limits.step_timeout", "must be more than 0 and at most 86400 s"),
         (spec(tools=["t"], tool_timeouts={"t": "0ms"}), "tool_timeouts.t", "must be more than 0 and at most 86400 s"),
         (spec(tool_timeouts={"t": "5s"}), "tool_timeouts.t", "t is not in `tools`: add it"),
+        (real(base_url="ftp://a"), "model.base_url", "is not an address that begins with https:// or http://"),
+        (real(base_url="https://a?key=1"), "model.base_url", "without a question mark"),
+        (real(base_url="https://me:secret@a"), "model.base_url", "is not an address"),
+        (real(credential="../other"), "model.credential", "is not a name: 1 to 63 lower-case letters"),
+        (real(credential=""), "model.credential", "is not a name: 1 to 63 lower-case letters"),
+        (real(api_key="sk-1"), "model.api_key", "is not known here; known are base_url, context, credential"),
+        (real(temperature=3), "model.temperature", "greater than the maximum of 2"),
+        (real(max_tokens=0), "model.max_tokens", "less than the minimum of 1"),
+        (real(context={}), "model.context.max_tokens", "is required"),
+        (
+            real(fallbacks=[{"provider": "scripted", "name": "m"}]),
+            "model.fallbacks[0].provider",
+            "must be one of openai",
+        ),
+        (real(fallbacks=[{"provider": "openai"}]), "model.fallbacks[0].name", "is required"),
         (
             spec(model={"provider": "openai", "name": "m", "timeout": "0s"}),
             "model.timeout",
