@@ -105,7 +105,7 @@ class Wish:
 Change = Callable[[Wish, commands.Fields], Awaitable[web.Response]]
 
 
-async def _control(verb: str, wish: Wish, fields: commands.Fields) -> web.Response:
+async def _control(wish: Wish, fields: commands.Fields, *, verb: str) -> web.Response:
     reason = commands.read_reason(fields, known=() if verb == "resume" else ("reason",))
     run_id = wish.context.run_id
     await wish.gateway.peers.control_run(wish.context, verb, run_id=run_id, reason=reason, request_id=wish.request_id)
@@ -315,7 +315,7 @@ def _query(request: web.Request) -> queries.Query:
 
 
 _CHANGES: Final[Mapping[str, tuple[MethodDescriptor, Change]]] = {
-    **{verb: (method, partial(_control, verb)) for verb, method in _CONTROLS.items()},
+    **{verb: (method, partial(_control, verb=verb)) for verb, method in _CONTROLS.items()},
     "signal": (access.SIGNAL_RUN, _signal),
     "retry": (access.RETRY_RUN, _retry),
     "fork": (access.FORK_RUN, _fork),

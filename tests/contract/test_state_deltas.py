@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from mainspring.v1 import events_pb2
+from mainspring.v1 import events_pb2, types_pb2
 from mainspring_execution.engine.deltas import Deltas
 from mainspring_execution.peers import State
 from mainspring_kit.channel import Peer
@@ -149,7 +149,9 @@ async def test_an_outcome_of_the_step_before_does_not_end_the_text(
     await executor.go_on(user, run_id, thinking(), after=1)
     await publisher.write(user, run_id, "One ", step=2)
     await watcher.until(lambda: text(watcher, run_id) == "One ")
-    outcome = events_pb2.RunEvent(tool_completed=events_pb2.ToolCompleted(call_id="c", tool="t", status=1))
+    outcome = events_pb2.RunEvent(
+        tool_completed=events_pb2.ToolCompleted(call_id="c", tool="t", status=types_pb2.TOOL_STATUS_OK)
+    )
     await executor.go_on(user, run_id, outcome, after=2)
     await publisher.write(user, run_id, "two", step=2, offset=4)
     await watcher.until(lambda: text(watcher, run_id) == "One two")
@@ -228,11 +230,11 @@ async def test_what_an_executor_writes_arrives_as_it_was_written(
         sender = Deltas(State(peer))
         async with background(sender.run()):
             await wait_until(lambda: sender.is_live)
-            write = sender.writer(user, run_id, 1)
+            write = sender.writer(user, run_id, step=1)
             for piece in ("Not a ", "\ud83d", "", " pair, ", "and 🌍"):
                 write(piece)
             await watcher.until(lambda: text(watcher, run_id) == "Not a ? pair, and 🌍")
             # One turn of the loop, one frame, one piece.
             assert len(deltas(watcher, run_id)) == 1
-            sender.writer(user, run_id, 1)("Again")
+            sender.writer(user, run_id, step=1)("Again")
             await watcher.until(lambda: text(watcher, run_id) == "Again")

@@ -70,12 +70,12 @@ class Unsent:
                 break
             del self._pieces[run_id]
             characters += len(text)
-            frame.append(_published(source, offset, text))
+            frame.append(_published(source, text, offset=offset))
         self._characters -= characters
         return frame
 
 
-def _published(source: TextSource, offset: int, text: str) -> state_pb2.PublishedDelta:
+def _published(source: TextSource, text: str, *, offset: int) -> state_pb2.PublishedDelta:
     # Half of a pair that a provider cut in two has no encoding; one character stays one, so that offsets hold.
     text = text if text.isascii() else text.encode("utf-8", "replace").decode()
     return state_pb2.PublishedDelta(

@@ -48,7 +48,7 @@ class Deltas:
         return any(link.is_live for link in self._links.values())
 
     def writer(
-        self, context: UserExecutionContext, run_id: str, step: int, *, state_id: str = ""
+        self, context: UserExecutionContext, run_id: str, *, step: int, state_id: str = ""
     ) -> Callable[[str], None]:
         """What takes the text of one attempt at a model step, piece by piece from its beginning.
 

@@ -161,7 +161,7 @@ class Thinking:
         def emit(text: str) -> None:
             nonlocal write
             write = write or self._around.deltas.writer(
-                self._context, self._run.run_id, step, state_id=self._journal.state_id
+                self._context, self._run.run_id, step=step, state_id=self._journal.state_id
             )
             write(text)
 

@@ -73,7 +73,7 @@ class Drafts:
         """The run's draft, if there is any."""
         return self._drafts.get(key)
 
-    def add(self, key: tuple[str, str], user_id: str, delta: events_pb2.TextDelta) -> bool:
+    def add(self, key: tuple[str, str], delta: events_pb2.TextDelta, *, user_id: str) -> bool:
         """Takes a piece of text; false where it brings nothing, or what comes before it is not known."""
         draft = self._drafts.get(key)
         if delta.offset == 0:

@@ -125,7 +125,7 @@ class Hub:
             return
         if feed is not None and delta.step <= feed.step:
             return
-        if self.drafts.add(key, published.user_id, delta):
+        if self.drafts.add(key, delta, user_id=published.user_id):
             for watcher in list(self._watchers.get(key, ())):
                 watcher.show_text(key)
 
