@@ -19,7 +19,7 @@ from mainspring_execution.core.progress import fold
 from mainspring_execution.engine.catalog import PreparedAgent
 from mainspring_execution.engine.runs import Runs, make_drive
 from mainspring_execution.engine.surroundings import Surroundings
-from mainspring_execution.peers import UNREACHED
+from mainspring_execution.peers import UNREACHED, ClaimCall
 
 CREDIT_MAX: Final = 10_000
 RETRY_SECONDS: Final = 0.25
@@ -33,6 +33,12 @@ class Claims:
         self._around = surroundings
         self._runs = runs
         self._claimed = 0
+        self._call: ClaimCall | None = None
+
+    def stop(self) -> None:
+        """Takes no more, so that what this process hands back does not come to it again."""
+        if self._call is not None:
+            self._call.cancel()
 
     async def run(self) -> None:
         """Keeps a stream of claims open while this process may drive more."""
@@ -49,14 +55,19 @@ class Claims:
     async def _claim(self, address: str) -> None:
         """Takes runs from one stream while there is room; state counts what was claimed here against the credit."""
         credit = min(CREDIT_MAX, self._claimed + self._runs.room)
-        call = self._around.state.open_claims(address, executor_id=self._around.lease.executor_id, credit=credit)
+        executor_id = self._around.lease.executor_id
+        call = self._call = self._around.state.open_claims(address, executor_id=executor_id, credit=credit)
         try:
             async for response in call:
                 for claimed in response.runs:
                     self._runs.spawn(self._take_over(claimed))
                 if not self._runs.room:
                     return
+        except asyncio.CancelledError:
+            raise_if_cancelled()
+            # The call was, by `stop`.
         finally:
+            self._call = None
             call.cancel()
 
     async def _take_over(self, claimed: state_pb2.ClaimedRun) -> None:

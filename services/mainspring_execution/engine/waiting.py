@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -113,7 +114,7 @@ class Waiting:
         """Waits here for what is soon, else gives the run back until then."""
         now = time.time()
         # A claim comes early where this clock is behind the database's: then the rest is waited for here.
-        until = min(self._deadlines.run, *([park.until] if park.until is not None else []))
+        until = min(self._deadlines.run, math.inf if park.until is None else park.until)
         if until - now <= PAUSE_SECONDS_MAX and not self._attention.is_leaving:
             self._journal.flush()
             if not self._attention.inputs:
