@@ -37,7 +37,12 @@ async def sleep(seconds: Annotated[float, Field(ge=0, le=TIMEOUT_SECONDS_MAX)]) 
 
 @tool(name="diagnostics.fail", effect="pure")
 async def fail(
-    context: ToolContext, code: str = "UNKNOWN", *, message: str = "It was told to fail.", times: int | None = None
+    context: ToolContext,
+    code: str = "UNKNOWN",
+    *,
+    message: str = "It was told to fail.",
+    times: int | None = None,
+    retry_after_seconds: float | None = None,
 ) -> dict[str, int]:
     """Fails, as often in a run as it is told, then succeeds.
 
@@ -45,6 +50,7 @@ async def fail(
         code: The gRPC code to fail with.
         message: The message to fail with.
         times: How often in this run; always when not given.
+        retry_after_seconds: How long it asks to be left alone each time.
     """
     run = (context.tenant_id, context.run_id)
     failed = _failures.get(run, 0)
@@ -54,7 +60,8 @@ async def fail(
     _failures.move_to_end(run)
     if len(_failures) > _RUNS_MAX:
         _failures.popitem(last=False)
-    raise ToolError(message, code=code)
+    metadata = {} if retry_after_seconds is None else {"retry_after_seconds": retry_after_seconds}
+    raise ToolError(message, code=code, metadata=metadata)
 
 
 @tool(name="diagnostics.count", effect="keyed")
