@@ -50,12 +50,12 @@ _BEGUN: Final = _UNDER_WAY | 1 << PAUSED
 _NOT_ENDED: Final = 1 << QUEUED | _BEGUN
 
 # A run that was claimed before its turn stays QUEUED: it can be ended, not begun. One that was claimed while it waits
-# or is paused stays so until it goes on: what came meanwhile is recorded first.
+# or is paused stays so until it goes on: what came meanwhile is recorded first. The end of a paused run closes its calls.
 TRANSITIONS: Final = {
     "agent_started": Transition(_RUNNING_ONLY, RUNNING, may_be_first=True),
     "agent_thinking": Transition(_UNDER_WAY, RUNNING),
     "tool_executing": Transition(_UNDER_WAY, RUNNING),
-    "tool_completed": Transition(_UNDER_WAY, RUNNING),
+    "tool_completed": Transition(_BEGUN, RUNNING),
     "agent_handed_off": Transition(_UNDER_WAY, RUNNING),
     "attempt_failed": Transition(_UNDER_WAY, SAME),
     "approval_requested": Transition(_UNDER_WAY, SAME),
