@@ -50,7 +50,7 @@ _BEGUN: Final = _UNDER_WAY | 1 << PAUSED
 _NOT_ENDED: Final = 1 << QUEUED | _BEGUN
 
 # A run that was claimed before its turn stays QUEUED: it can be ended, not begun. One that was claimed while it waits
-# or is paused stays so until it goes on: what came meanwhile is recorded first. The end of a paused run closes its calls.
+# or is paused stays so until it goes on: what came meanwhile is recorded first. The end of a paused run closes calls.
 TRANSITIONS: Final = {
     "agent_started": Transition(_RUNNING_ONLY, RUNNING, may_be_first=True),
     "agent_thinking": Transition(_UNDER_WAY, RUNNING),
