@@ -77,14 +77,18 @@ def load_prices(path: Path | None) -> Prices:
 
 def read_prices(text: str) -> dict[str, dict[str, Price]]:
     """A table of prices, as prices.toml describes it; ValueError."""
+    found = tomllib.loads(text)
+    if not all(isinstance(models, dict) for models in found.values()):
+        raise ValueError("it has one table per provider")
     return {
         provider: {model: _read_price(entry, f"{provider}.{model}") for model, entry in models.items()}
-        for provider, models in tomllib.loads(text).items()
+        for provider, models in found.items()
     }
 
 
-def _read_price(entry: Mapping[str, Any], name: str) -> Price:
-    """Any: TOML values."""
+def _read_price(entry: Any, name: str) -> Price:
+    """Any: a TOML value."""
+    entry = entry if isinstance(entry, dict) else {}
     wrong = [kind for kind, value in entry.items() if kind not in _KINDS or not isinstance(value, int | float)]
     if wrong or "input" not in entry or "output" not in entry:
         raise ValueError(f"{name}: a price has input and output, and cached and written if they differ: numbers")

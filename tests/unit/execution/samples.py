@@ -11,7 +11,6 @@ from mainspring_execution.core.decision import Decision, decide
 from mainspring_execution.core.plan import AgentPlan, read_plan
 from mainspring_execution.core.progress import fold
 from mainspring_execution.core.record import Envelope, make_call_id
-
 from mainspring_execution.models.clients import Clients
 from mainspring_execution.models.conversing import Shop
 from mainspring_execution.models.credentials import Credentials
