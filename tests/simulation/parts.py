@@ -168,7 +168,8 @@ class Workers:
             outcomes.append(dispatcher_pb2.CancelOutcome(call_id=call_id, found=found, acknowledged=found))
             if timer is not None:
                 timer.cancel()
-                self._answer(call_id, types_pb2.TOOL_STATUS_CANCELLED, reason="TOOL_CANCELLED")
+                stopped = types_pb2.TOOL_STATUS_CANCELLED
+                self._answer(call_id, _failed("CANCELLED", "TOOL_CANCELLED", status=stopped))
         return dispatcher_pb2.CancelCallsResponse(outcomes=outcomes)
 
     def _take(self, call: dispatcher_pb2.ToolCall, replies: Replies[dispatcher_pb2.ToolResult]) -> None:
@@ -178,26 +179,38 @@ class Workers:
 
     def _finish(self, call: dispatcher_pb2.ToolCall) -> None:
         del self._timers[call.call_id]
+        chance = self._rng.random()
+        if chance < 0.05:
+            # No worker was there for it, so that even an unsafe call may be made again.
+            self._answer(call.call_id, _failed("UNAVAILABLE", "WORKER_UNAVAILABLE", attempts=0))
+            return
         self._checker.tool_reached(call)
-        if self._rng.random() < 0.1:
-            self._answer(call.call_id, types_pb2.TOOL_STATUS_ERROR, reason="TOOL_FAILED")
+        if chance < 0.20:
+            failed = _failed(self._rng.choice(("ABORTED", "UNAVAILABLE", "INVALID_ARGUMENT")), "TOOL_FAILED")
+            if chance < 0.08:
+                # So long that the run is given back meanwhile.
+                failed.error.metadata["retry_after_seconds"] = "5"
+            self._answer(call.call_id, failed)
         else:
-            self._answer(call.call_id, types_pb2.TOOL_STATUS_OK)
+            ok = dispatcher_pb2.ToolResult(status=types_pb2.TOOL_STATUS_OK, result=b"1", attempts=1)
+            self._answer(call.call_id, ok)
 
-    def _answer(self, call_id: str, status: types_pb2.ToolStatus.ValueType, *, reason: str = "") -> None:
+    def _answer(self, call_id: str, result: dispatcher_pb2.ToolResult) -> None:
         for call, replies in self._asked.pop(call_id):
-            replies.put(_result(call, status, reason=reason))
+            answer = dispatcher_pb2.ToolResult(item_id=call.item_id, call_id=call_id)
+            answer.MergeFrom(result)
+            replies.put(answer)
 
 
-def _result(
-    call: dispatcher_pb2.ToolCall, status: types_pb2.ToolStatus.ValueType, *, reason: str = ""
+def _failed(
+    code: str,
+    reason: str,
+    *,
+    attempts: int = 1,
+    status: types_pb2.ToolStatus.ValueType = types_pb2.TOOL_STATUS_ERROR,
 ) -> dispatcher_pb2.ToolResult:
-    result = dispatcher_pb2.ToolResult(item_id=call.item_id, call_id=call.call_id, status=status, attempts=1)
-    if reason:
-        result.error.reason, result.error.code = reason, "ABORTED"
-    else:
-        result.result = b"1"
-    return result
+    error = types_pb2.RunError(code=code, reason=reason)
+    return dispatcher_pb2.ToolResult(status=status, error=error, attempts=attempts)
 
 
 class Bus:
