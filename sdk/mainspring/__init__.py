@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from mainspring.client import ApiError as ApiError
     from mainspring.client import Client as Client
+    from mainspring.client import Delta as Delta
     from mainspring.client import Event as Event
     from mainspring.client import GatewayUnreachableError as GatewayUnreachableError
     from mainspring.client import Started as Started
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES: Final = {
     "ApiError": "mainspring.client",
     "Client": "mainspring.client",
+    "Delta": "mainspring.client",
     "Event": "mainspring.client",
     "GatewayUnreachableError": "mainspring.client",
     "Started": "mainspring.client",
@@ -30,6 +32,7 @@ _HOMES: Final = {
 __all__ = [
     "ApiError",
     "Client",
+    "Delta",
     "Event",
     "GatewayUnreachableError",
     "Started",

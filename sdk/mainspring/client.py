@@ -1,4 +1,4 @@
-"""The asynchronous client: starts, follows, reads and cancels runs over the gateway's HTTP and WebSocket.
+"""The asynchronous client: starts, follows, reads and controls runs over the gateway's HTTP and WebSocket.
 
 async with Client("http://127.0.0.1:8080", token) as client:
     async for event in client.stream("lookup", {"value": "forty-two"}):
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -19,16 +18,14 @@ from typing import Any, Final, Self
 
 import aiohttp
 
+from mainspring.following import TERMINAL, Backoff, Position
+
 SUBPROTOCOL: Final = "mainspring.v1.json"
-TERMINAL: Final = frozenset({"agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"})
 ENDED: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 # Close codes after which the same socket may be opened again; 4429 and 1013 after a delay like the others.
 RETRYABLE_CLOSE: Final = frozenset({1001, 1006, 1011, 1012, 1013, 4008, 4408, 4429})
 REQUEST_SECONDS: Final = 30.0
-RECONNECT_SECONDS_MAX: Final = 10.0
-RECONNECT_TRIES_MAX: Final = 60
 
-_RECONNECT_SECONDS_FIRST: Final = 0.05
 _FRAME_BYTES_MAX: Final = 20 << 20
 _HEARTBEAT_SECONDS: Final = 20.0
 
@@ -79,46 +76,18 @@ class Event:
         return self.type in TERMINAL
 
 
-@dataclass(slots=True)
-class _Position:
-    """How far a run has been followed."""
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Unfinished text of a model step: it goes behind the step's first `offset` characters; 0: the text begins."""
 
-    run_id: str = ""
-    after_seq: int = 0
-
-    def frame(self) -> dict[str, Any]:
-        """What follows it from here."""
-        return {"op": "follow", "id": "follow", "run_id": self.run_id, "after_seq": self.after_seq}
-
-    def passes(self, frame: Mapping[str, Any]) -> bool:
-        """Whether an event is new; it then is the position."""
-        if frame["seq"] <= self.after_seq:
-            return False
-        self.run_id, self.after_seq = frame["run_id"], frame["seq"]
-        return True
+    run_id: str
+    step: int
+    offset: int
+    text: str
 
 
-class _Backoff:
-    """How long to wait before a socket is opened again. One that never opened is not tried again."""
-
-    def __init__(self) -> None:
-        self._has_worked = False
-        self._tries = 0
-
-    def reset(self) -> None:
-        """The socket works."""
-        self._has_worked = True
-        self._tries = 0
-
-    def is_exhausted(self) -> bool:
-        """Whether the last failure is to be told."""
-        return not self._has_worked or self._tries >= RECONNECT_TRIES_MAX
-
-    def next_seconds(self) -> float:
-        """Longer each time, and never the same for two clients."""
-        longest = min(_RECONNECT_SECONDS_FIRST * 2**self._tries, RECONNECT_SECONDS_MAX)
-        self._tries += 1
-        return random.uniform(longest / 2, longest)
+# Is given unfinished text as it comes.
+OnText = Callable[[Delta], None]
 
 
 class Client:
@@ -142,30 +111,45 @@ class Client:
         if self._session is not None:
             await self._session.close()
 
-    async def start(self, agent: str, run_input: Any = None, **options: str) -> Started:
-        """Starts a run; durable when this returns. Options: session_id, idempotency_key, alias, version."""
+    async def start(self, agent: str, run_input: Any = None, **options: str | int) -> Started:
+        """Starts a run; durable when this returns.
+
+        Options: session_id, idempotency_key, alias, version, priority, start_time (as RFC 3339 writes it).
+        """
         answer = await self.request("POST", "/v1/runs", body=_start(agent, run_input, options=options))
         return Started(answer["run_id"], answer["state"])
 
-    async def stream(self, agent: str, run_input: Any = None, **options: str) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self,
+        agent: str,
+        run_input: Any = None,
+        *,
+        on_text: OnText | None = None,
+        with_sub_runs: bool = False,
+        **options: str | int,
+    ) -> AsyncGenerator[Event, None]:
         """Starts a run and yields its events as they become durable, to the terminal one.
 
         A connection that breaks is opened again and the log goes on where it was; the start is never made twice.
+        `on_text` is given what the model says while it says it; `with_sub_runs` yields also the events of runs below.
         """
         options.setdefault("idempotency_key", uuid.uuid4().hex)
         frame = {"op": "start", "id": "start", **_start(agent, run_input, options=options)}
-        async with aclosing(self._follow(frame, _Position())) as events:
+        position = Position(below={} if with_sub_runs else None)
+        async with aclosing(self._follow(frame, position, on_text=on_text)) as events:
             async for event in events:
                 yield event
 
-    async def follow(self, run_id: str, *, after_seq: int = 0) -> AsyncGenerator[Event, None]:
+    async def follow(
+        self, run_id: str, *, after_seq: int = 0, on_text: OnText | None = None, with_sub_runs: bool = False
+    ) -> AsyncGenerator[Event, None]:
         """Yields a run's events after a seq, those that are there and those to come, to the terminal one."""
-        position = _Position(run_id, after_seq)
-        async with aclosing(self._follow(position.frame(), position)) as events:
+        position = Position(run_id, after_seq, {} if with_sub_runs else None)
+        async with aclosing(self._follow(position.frames()[0], position, on_text=on_text)) as events:
             async for event in events:
                 yield event
 
-    async def run(self, agent: str, run_input: Any = None, **options: str) -> Event:
+    async def run(self, agent: str, run_input: Any = None, **options: Any) -> Event:
         """Starts a run and returns its terminal event."""
         async with aclosing(self.stream(agent, run_input, **options)) as events:
             async for event in events:
@@ -195,6 +179,42 @@ class Client:
         """Asks for the end of a run: durable when this returns, carried out soon after."""
         return await self.request("POST", f"/v1/runs/{run_id}:cancel", body={"reason": reason} if reason else {})
 
+    async def pause(self, run_id: str, *, reason: str = "") -> dict[str, Any]:
+        """Asks a run to stand still between two steps: durable when this returns."""
+        return await self.request("POST", f"/v1/runs/{run_id}:pause", body={"reason": reason} if reason else {})
+
+    async def resume(self, run_id: str) -> dict[str, Any]:
+        """Lets a paused run go on: durable when this returns."""
+        return await self.request("POST", f"/v1/runs/{run_id}:resume", body={})
+
+    async def signal(self, run_id: str, name: str, data: Any = None) -> dict[str, Any]:
+        """Sends a run a named signal: durable when this returns, and kept until the run takes it. Any: JSON."""
+        return await self.request("POST", f"/v1/runs/{run_id}:signal", body={"name": name, "data": data})
+
+    async def retry(self, run_id: str) -> Started:
+        """Starts an ended run again, as a new one."""
+        answer = await self.request("POST", f"/v1/runs/{run_id}:retry", body={})
+        return Started(answer["run_id"], answer["state"])
+
+    async def fork(self, run_id: str, seq: int, **options: str) -> Started:
+        """Starts a run from an event of another: what was done by then is taken over. Options: session_id, version."""
+        body = {"seq": seq, **{name: value for name, value in options.items() if value}}
+        answer = await self.request("POST", f"/v1/runs/{run_id}:fork", body=body)
+        return Started(answer["run_id"], answer["state"])
+
+    async def explain(self, run_id: str) -> dict[str, Any]:
+        """A run as it stands, and why it does not go on: `run`, `holds`, `executor_id`."""
+        return await self.request("GET", f"/v1/runs/{run_id}:explain")
+
+    async def list_approvals(self, **query: str) -> dict[str, Any]:
+        """A page of open approvals that the user may answer. Query: run_id, include_resolved, page_size, page_token."""
+        return await self.request("GET", "/v1/approvals", query=query)
+
+    async def resolve(self, approval_id: str, decision: str, data: Any = None) -> dict[str, Any]:
+        """Answers an approval with `allow` or `deny`; the first answer counts. Any: JSON that matches its schema."""
+        body = {"decision": decision, "data": data}
+        return await self.request("POST", f"/v1/approvals/{approval_id}:resolve", body=body)
+
     async def apply(self, document: Mapping[str, Any] | str) -> dict[str, Any]:
         """Registers an agent from its specification, an object or a YAML or JSON text; the same again changes nothing.
 
@@ -219,40 +239,45 @@ class Client:
         except (aiohttp.ClientConnectionError, TimeoutError) as error:
             raise GatewayUnreachableError(self._url, str(error) or type(error).__name__) from error
 
-    async def _follow(self, first: Mapping[str, Any], position: _Position) -> AsyncGenerator[Event, None]:
+    async def _follow(
+        self, first: Mapping[str, Any], position: Position, *, on_text: OnText | None
+    ) -> AsyncGenerator[Event, None]:
         """Sends `first` until a run is known, from then on follows the run from its position."""
-        backoff = _Backoff()
+        backoff = Backoff()
         while True:
-            opening = first if not position.run_id else position.frame()
+            opening = [first] if not position.run_id else position.frames()
             after_seq = position.after_seq
             try:
                 async with aclosing(self._frames(opening)) as frames:
                     async for frame in frames:
                         backoff.reset()
                         match frame["op"]:
-                            case "error":
+                            case "error" if not _is_about_branch(frame):
                                 raise _refusal(frame)
+                            case "delta" if on_text is not None and position.shows(frame["run_id"]):
+                                on_text(Delta(frame["run_id"], frame["step"], frame["offset"], frame["text"]))
                             case "started":
                                 position.run_id = frame["run_id"]
                             case "event" if position.passes(frame):
                                 event = _event(frame)
                                 yield event
-                                if event.is_terminal:
+                                if event.is_terminal and event.run_id == position.run_id:
                                     return
-                            case "caught_up" if position.after_seq == after_seq and await self._has_ended(position):
-                                return
+                            case "caught_up" if frame["run_id"] == position.run_id and position.after_seq == after_seq:
+                                if await self._has_ended(position):
+                                    return
             except GatewayUnreachableError:
                 if backoff.is_exhausted():
                     raise
             await asyncio.sleep(backoff.next_seconds())
 
-    async def _has_ended(self, position: _Position) -> bool:
+    async def _has_ended(self, position: Position) -> bool:
         """Whether a log that was followed from its end, or from beyond it, has nothing more to come."""
         run = await self.get_run(position.run_id)
         return run["state"] in ENDED and run["last_seq"] <= position.after_seq
 
-    async def _frames(self, first: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Opens a socket, sends a frame and yields what comes, until a close after which one may come back."""
+    async def _frames(self, first: Sequence[Mapping[str, Any]]) -> AsyncGenerator[dict[str, Any], None]:
+        """Opens a socket, sends frames and yields what comes, until a close after which one may come back."""
         # A heartbeat notices a connection that died in silence; the gateway's own pings come less often.
         try:
             async with self._open().ws_connect(
@@ -261,7 +286,8 @@ class Client:
                 heartbeat=_HEARTBEAT_SECONDS,
                 max_msg_size=_FRAME_BYTES_MAX,
             ) as socket:
-                await socket.send_json(first)
+                for opening in first:
+                    await socket.send_json(opening)
                 async for message in socket:
                     if message.type is aiohttp.WSMsgType.TEXT:
                         yield json.loads(message.data)
@@ -280,8 +306,15 @@ class Client:
         return self._session
 
 
-def _start(agent: str, run_input: Any, *, options: Mapping[str, str]) -> dict[str, Any]:
-    return {"agent": agent, "input": {} if run_input is None else run_input, **{k: v for k, v in options.items() if v}}
+def _start(agent: str, run_input: Any, *, options: Mapping[str, str | int]) -> dict[str, Any]:
+    given = {name: value for name, value in options.items() if value != ""}
+    return {"agent": agent, "input": {} if run_input is None else run_input, **given}
+
+
+def _is_about_branch(frame: Mapping[str, Any]) -> bool:
+    """Whether an error is of a run below the followed one, which goes on without it."""
+    queue = (frame.get("metadata") or {}).get("queue")
+    return frame.get("id") == "branch" or ("id" not in frame and queue == "followed_runs")
 
 
 def _event(frame: dict[str, Any]) -> Event:

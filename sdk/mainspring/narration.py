@@ -79,6 +79,41 @@ def _recovered(data: Data) -> str:
     return f"taken over by {data.get('executor', 'another executor')}, attempt {data.get('attempt', '?')}"
 
 
+def _paused(data: Data) -> str:
+    return f"{_cancelled(data)}; mainspring runs resume lets it go on"
+
+
+def _waiting(data: Data) -> str:
+    until = f", until {data['until']} at most" if data.get("until") else ""
+    return f"for {data.get('detail') or data.get('for', 'something')}{until}"
+
+
+def _asked(data: Data) -> str:
+    arguments = f" {short(data['arguments'])}" if data.get("arguments") else ""
+    return f"{short(data.get('title', ''))}{arguments}  → mainspring approvals allow {data.get('approval_id', '')}"
+
+
+def _answered(data: Data) -> str:
+    by = f" by {data['by']}" if data.get("by") else ""
+    return f"{data.get('decision', '?')}{by}" + (f": {short(data['data'])}" if data.get("data") is not None else "")
+
+
+def _signalled(data: Data) -> str:
+    brought = f" {short(data['data'])}" if data.get("data") is not None else ""
+    return f"{data.get('name', '?')}{brought} by {data.get('by') or 'somebody'}"
+
+
+def _handed_off(data: Data) -> str:
+    return f"{data.get('from', '?')} → {data.get('to', '?')}" + (
+        f": {short(data['reason'])}" if data.get("reason") else ""
+    )
+
+
+def _attempt_failed(data: Data) -> str:
+    what = f"model step {data['step']}" if data.get("step") else f"call {data.get('call_id', '?')}"
+    return f"{what}, attempt {data.get('attempt', '?')}: {error_text(data.get('error') or {})}"
+
+
 _TELLERS: Final[Mapping[str, Callable[[Data], str]]] = {
     "agent_started": _started,
     "agent_thinking": _thinking,
@@ -89,4 +124,12 @@ _TELLERS: Final[Mapping[str, Callable[[Data], str]]] = {
     "agent_timed_out": _failed,
     "agent_cancelled": _cancelled,
     "run_recovered": _recovered,
+    "agent_paused": _paused,
+    "agent_resumed": _cancelled,
+    "agent_waiting": _waiting,
+    "approval_requested": _asked,
+    "approval_resolved": _answered,
+    "signal_received": _signalled,
+    "agent_handed_off": _handed_off,
+    "attempt_failed": _attempt_failed,
 }

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from mainspring.cli import catalog, platform, runs
+from mainspring.cli import approvals, catalog, platform, runs
 from mainspring.cli.output import print_json
 from mainspring.client import ApiError
 from mainspring.embedded.launch import StartError
@@ -49,6 +49,7 @@ def options(
 
 platform.register(app)
 runs.register(app)
+approvals.register(app)
 catalog.register(app)
 
 

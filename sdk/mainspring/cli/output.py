@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mainspring.client import Event
+from mainspring.client import Delta, Event
 from mainspring.narration import describe, event_time
 
 _WIDTH_WITHOUT_TERMINAL: Final = 200
@@ -27,6 +27,14 @@ _STYLES: Final = {
     "agent_timed_out": "bold red",
     "agent_cancelled": "yellow",
     "run_recovered": "yellow",
+    "agent_paused": "yellow",
+    "agent_resumed": "cyan",
+    "agent_waiting": "yellow",
+    "approval_requested": "bold yellow",
+    "approval_resolved": "cyan",
+    "signal_received": "cyan",
+    "agent_handed_off": "cyan",
+    "attempt_failed": "red",
 }
 
 
@@ -58,20 +66,45 @@ def print_table(
 
 
 class EventPrinter:
-    """Prints a run's events as they come, each with the seconds since the first."""
+    """Prints a run's events as they come, each with the seconds since the first; those of runs below it set in."""
 
-    def __init__(self) -> None:
-        self._console = Console(highlight=False)
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
         self._first: datetime | None = None
+        self._run_id = ""
+        # Whose text was shown last, the run and its step, how much of it, and whether it stands on a line not ended.
+        self._speaker = ("", 0)
+        self._shown_characters = 0
+        self._is_mid_line = False
 
     def show(self, event: Event) -> None:
         """One line."""
         now = event_time(event)
-        self._first = self._first or now
+        self._first, self._run_id = self._first or now, self._run_id or event.run_id
         seconds = (now - self._first).total_seconds()
         style = _STYLES.get(event.type, "")
-        line = Text.assemble((f"{seconds:7.3f} s  ", "dim"), (f"{event.type:<16}  ", style), describe(event))
+        agent = "" if event.run_id == self._run_id else f"  └ {event.frame.get('agent', '')}: "
+        line = Text.assemble((f"{seconds:7.3f} s  ", "dim"), agent, (f"{event.type:<16}  ", style), describe(event))
+        self._end_line()
         self._console.print(line, soft_wrap=True)
+
+    def show_text(self, delta: Delta) -> None:
+        """What a model says while it says it, on a terminal; elsewhere its event has it all."""
+        speaker = (delta.run_id, delta.step)
+        begins = speaker != self._speaker or not delta.offset
+        shown = 0 if begins else self._shown_characters
+        fresh = delta.text[shown - delta.offset :]
+        if not self._console.is_terminal or delta.offset > shown or not fresh:
+            return
+        if begins:
+            self._end_line()
+        self._console.print(Text(fresh, style="dim"), end="", soft_wrap=True)
+        self._speaker, self._shown_characters, self._is_mid_line = speaker, shown + len(fresh), True
+
+    def _end_line(self) -> None:
+        if self._is_mid_line:
+            self._console.print()
+            self._is_mid_line = False
 
 
 def local_time(text: str) -> str:

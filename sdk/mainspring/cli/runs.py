@@ -1,9 +1,8 @@
-"""The commands that start, follow, read and cancel runs."""
+"""The commands that start, follow, read and control runs."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from contextlib import aclosing
 from pathlib import Path
@@ -13,12 +12,14 @@ import typer
 
 from mainspring.cli.connection import DATA_DIR, AsJson, DataDir, connect
 from mainspring.cli.output import EventPrinter, local_time, print_json, print_table
+from mainspring.cli.reading import read_json
 from mainspring.client import Client, Event
 
-runs = typer.Typer(help="Read, follow and cancel runs.", no_args_is_help=True, rich_markup_mode="markdown")
+runs = typer.Typer(help="Read, follow and control runs.", no_args_is_help=True, rich_markup_mode="markdown")
 
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID")]
 Session = Annotated[str, typer.Option("--session", metavar="S", help="The conversation that the run is part of.")]
+Data = Annotated[str, typer.Option("--data", metavar="JSON", help="A JSON value, @FILE, or - to read it.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -88,12 +89,29 @@ def list_runs(
 
 @runs.command("get")
 def get_run(run_id: RunId, *, data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
-    """Shows a run as it stands.
+    """Shows a run as it stands, and under `holds` why it does not go on.
 
     Example: `mainspring runs get 0193a3f0-…`
     """
-    found = asyncio.run(_call(connect(data_dir), "GET", path=f"/v1/runs/{run_id}"))
-    print_json(found, is_line=as_json)
+    found = asyncio.run(_call(connect(data_dir), "GET", path=f"/v1/runs/{run_id}:explain"))
+    run = found["run"] | ({"holds": found["holds"], "executor_id": found["executor_id"]} if found["holds"] else {})
+    print_json(run, is_line=as_json)
+
+
+@runs.command("explain")
+def explain(run_id: RunId, *, data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
+    """Says why a run does not go on, or what it is doing.
+
+    Example: `mainspring runs explain 0193a3f0-…`
+    """
+    found = asyncio.run(_call(connect(data_dir), "GET", path=f"/v1/runs/{run_id}:explain"))
+    if as_json:
+        print_json(found, is_line=True)
+        return
+    sys.stdout.write(f"{run_id} {found['run']['state']}\n")
+    for hold in found["holds"]:
+        until = f" (until {local_time(hold['until'])})" if hold.get("until") else ""
+        sys.stdout.write(f"  {hold['kind']}: {hold['detail']}{until}\n")
 
 
 @runs.command("events")
@@ -125,24 +143,91 @@ def cancel(
     Example: `mainspring runs cancel 0193a3f0-… --reason "no longer needed"`
     """
     body = {"reason": reason} if reason else {}
-    answer = asyncio.run(_call(connect(data_dir), "POST", path=f"/v1/runs/{run_id}:cancel", body=body))
+    _change(data_dir, f"/v1/runs/{run_id}:cancel", body=body, as_json=as_json, told=f"{run_id} will be cancelled")
+
+
+@runs.command("pause")
+def pause(
+    run_id: RunId,
+    *,
+    reason: Annotated[str, typer.Option(metavar="TEXT")] = "",
+    as_json: AsJson = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Asks a run to stand still between two steps, until it is resumed.
+
+    Example: `mainspring runs pause 0193a3f0-… --reason "a look first"`
+    """
+    body = {"reason": reason} if reason else {}
+    _change(data_dir, f"/v1/runs/{run_id}:pause", body=body, as_json=as_json, told=f"{run_id} will be paused")
+
+
+@runs.command("resume")
+def resume(run_id: RunId, *, as_json: AsJson = False, data_dir: DataDir = DATA_DIR) -> None:
+    """Lets a paused run go on.
+
+    Example: `mainspring runs resume 0193a3f0-…`
+    """
+    _change(data_dir, f"/v1/runs/{run_id}:resume", body={}, as_json=as_json, told=f"{run_id} goes on")
+
+
+@runs.command("signal")
+def signal(
+    run_id: RunId,
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    *,
+    data: Data = "null",
+    as_json: AsJson = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Sends a run a named signal, which is kept until the run takes it.
+
+    Example: `mainspring runs signal 0193a3f0-… delivered --data '{"parcel": 7}'`
+    """
+    body = {"name": name, "data": read_json(data, option="--data")}
+    _change(data_dir, f"/v1/runs/{run_id}:signal", body=body, as_json=as_json, told=f"{run_id} has the signal {name}")
+
+
+@runs.command("retry")
+def retry(run_id: RunId, *, as_json: AsJson = False, data_dir: DataDir = DATA_DIR) -> None:
+    """Starts a run that failed, timed out or was cancelled again, as a new run.
+
+    Example: `mainspring runs retry 0193a3f0-…`
+    """
+    _change(data_dir, f"/v1/runs/{run_id}:retry", body={}, as_json=as_json)
+
+
+@runs.command("fork")
+def fork(
+    run_id: RunId,
+    seq: Annotated[int, typer.Argument(metavar="SEQ", min=1, help="The event after which it goes its own way.")],
+    *,
+    session: Session = "",
+    version: Annotated[str, typer.Option(metavar="V", help="Another version of the agent.")] = "",
+    as_json: AsJson = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Starts a new run from an event of another; what was done by then is taken over, not done again.
+
+    Example: `mainspring runs fork 0193a3f0-… 7`
+    """
+    options = {name: value for name, value in (("session_id", session), ("version", version)) if value}
+    _change(data_dir, f"/v1/runs/{run_id}:fork", body={"seq": seq, **options}, as_json=as_json)
+
+
+def _change(data_dir: Path, path: str, *, body: dict[str, Any], as_json: bool, told: str = "") -> None:
+    """Asks for a change and says what becomes of it; `told` is empty where that is a new run."""
+    answer = asyncio.run(_call(connect(data_dir), "POST", path=path, body=body))
     if as_json:
-        print_json(answer)
-    else:
-        sys.stdout.write(f"{run_id} will be cancelled: mainspring runs events {run_id} --follow\n")
+        print_json(answer, is_line=True)
+        return
+    run_id = answer["run_id"]
+    told = told or f"{run_id} {answer['state']}"
+    sys.stdout.write(f"{told}: mainspring runs events {run_id} --follow\n")
 
 
 def _read_input(text: str) -> dict[str, Any]:
-    try:
-        if text == "-":
-            text = sys.stdin.read()
-        elif text.startswith("@"):
-            text = Path(text[1:]).read_text(encoding="utf-8")
-        value = json.loads(text)
-    except OSError as error:
-        raise typer.BadParameter(f"{text[1:]} can't be read: {error.strerror}.", param_hint="--input") from error
-    except ValueError as error:
-        raise typer.BadParameter(f"it is not JSON: {error}.", param_hint="--input") from error
+    value = read_json(text, option="--input")
     if not isinstance(value, dict):
         raise typer.BadParameter('it is JSON, but not an object such as {"value": 42}.', param_hint="--input")
     return value
@@ -159,16 +244,19 @@ async def _run(
             else:
                 sys.stdout.write(f"{started.run_id} {started.state}\n")
             return None
-        printer = EventPrinter()
-        async with aclosing(client.stream(agent, value, session_id=session)) as stream:
+        printer, run_id = EventPrinter(), ""
+        on_text = None if as_json else printer.show_text
+        stream = client.stream(agent, value, session_id=session, on_text=on_text, with_sub_runs=True)
+        async with aclosing(stream):
             async for event in stream:
                 if as_json:
                     print_json(event.frame, is_line=True)
                 else:
-                    if event.seq == 1:
+                    if not run_id:
                         sys.stdout.write(f"run {event.run_id}\n")
                     printer.show(event)
-                if event.is_terminal:
+                run_id = run_id or event.run_id
+                if event.is_terminal and event.run_id == run_id:
                     break
         if event.type == "agent_completed" and not as_json:
             print_json(event.data.get("result"))
@@ -177,8 +265,11 @@ async def _run(
 
 async def _events(client: Client, run_id: str, *, after_seq: int, follow: bool, as_json: bool) -> None:
     printer = EventPrinter()
-    read = client.follow if follow else client.events
-    async with client, aclosing(read(run_id, after_seq=after_seq)) as found:
+    on_text = None if as_json else printer.show_text
+    read = client.events(run_id, after_seq=after_seq)
+    if follow:
+        read = client.follow(run_id, after_seq=after_seq, on_text=on_text, with_sub_runs=True)
+    async with client, aclosing(read) as found:
         async for event in found:
             if as_json:
                 print_json(event.frame, is_line=True)

@@ -43,6 +43,28 @@ def event(kind: str, data: dict[str, Any]) -> Event:  # Any: an event's data
         ("agent_failed", {"error": {"code": "UNKNOWN", "reason": "X", "message": "m"}}, "UNKNOWN / X: m"),
         ("agent_cancelled", {"requested_by": "ann", "reason": "enough"}, "by ann: enough"),
         ("run_recovered", {"executor": "e2", "attempt": 2}, "taken over by e2, attempt 2"),
+        ("agent_paused", {"requested_by": "ann", "reason": ""}, "by ann; mainspring runs resume lets it go on"),
+        ("agent_resumed", {"requested_by": "ann"}, "by ann"),
+        (
+            "agent_waiting",
+            {"for": "signal", "detail": "the signal go", "until": "2026-11-24T10:00:00.000Z"},
+            "for the signal go, until 2026-11-24T10:00:00.000Z at most",
+        ),
+        ("agent_waiting", {"for": "run"}, "for run"),
+        (
+            "approval_requested",
+            {"approval_id": "r.4", "title": "May I?", "arguments": {"a": 1}},
+            'May I? {"a": 1}  → mainspring approvals allow r.4',
+        ),
+        ("approval_resolved", {"decision": "allow", "by": "bob", "data": {"ok": True}}, 'allow by bob: {"ok": true}'),
+        ("approval_resolved", {"decision": "expired", "by": "", "data": None}, "expired"),
+        ("signal_received", {"name": "go", "data": False, "by": "ann"}, "go false by ann"),
+        ("agent_handed_off", {"from": "a", "to": "b", "reason": "it knows"}, "a → b: it knows"),
+        (
+            "attempt_failed",
+            {"step": 2, "attempt": 1, "error": {"code": "UNAVAILABLE", "reason": "X", "message": "m"}},
+            "model step 2, attempt 1: UNAVAILABLE / X: m",
+        ),
         ("something_new", {"x": 1}, '{"x": 1}'),
     ],
 )
