@@ -16,6 +16,8 @@ from mainspring_execution.core.thought import Turn
 
 # English text and JSON in the usual tokenizers: close enough to keep within a window.
 BYTES_PER_TOKEN: Final = 4
+# More than any model takes: a bound for the memory, where a specification has none for the model.
+TOKENS_DEFAULT: Final = 1_000_000
 KEEP_LAST_DEFAULT: Final = 4
 # What is left of a tool's result that had to be shortened.
 SHORTENED_CHARACTERS: Final = 200
@@ -59,9 +61,9 @@ Part = Said | Stepped
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How much a model is told. `tokens_max` None: everything. The last `keep_last` steps stay whole if they can."""
+    """How much a model is told. The last `keep_last` steps stay whole if they can."""
 
-    tokens_max: int | None = None
+    tokens_max: int = TOKENS_DEFAULT
     keep_last: int = KEEP_LAST_DEFAULT
 
 
@@ -75,11 +77,9 @@ def compose(turn: Turn, window: Window, *, instructions: str = "") -> list[Part]
     steps = [_retell(thinking, turn.outcomes) for thinking in turn.thoughts]
     asked = [Said("user", speak(turn.input or b"{}"))]
     faults = [part for failure in turn.failures for part in _complain(failure)]
-    if window.tokens_max is not None:
-        # Tools have their part of the window too.
-        fixed = [*asked, *faults, Said("system", instructions)]
-        left = window.tokens_max - sum(map(measure, fixed)) - sum(_measure_tool(tool) for tool in turn.tools)
-        history, steps = _fit(history, steps, tokens_max=left, keep_last=window.keep_last)
+    fixed = [*asked, *faults, Said("system", instructions)]
+    left = window.tokens_max - sum(map(measure, fixed)) - sum(_measure_tool(tool) for tool in turn.tools)
+    history, steps = _fit(history, steps, tokens_max=left, keep_last=window.keep_last)
     parts: list[Part] = [part for pair in history for part in pair]
     # A conversation that ends with the model's own words would have it go on with them.
     spoken = [Said("user", GO_ON)] if steps and not steps[-1].calls and not faults else []

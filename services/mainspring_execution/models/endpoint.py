@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mainspring_execution.core.conversation import KEEP_LAST_DEFAULT, Window
+from mainspring_execution.core.conversation import KEEP_LAST_DEFAULT, TOKENS_DEFAULT, Window
 from mainspring_execution.core.plan import AgentPlan, spec_invalid
 
 PROVIDERS: Final = ("openai", "anthropic")
@@ -52,7 +52,7 @@ def read_endpoints(plan: AgentPlan) -> tuple[Endpoint, ...]:
 def read_window(plan: AgentPlan) -> Window:
     """How much of the conversation the model is told."""
     context = plan.model.get("context") or {}
-    return Window(context.get("max_tokens"), int(context.get("keep_last", KEEP_LAST_DEFAULT)))
+    return Window(int(context.get("max_tokens", TOKENS_DEFAULT)), int(context.get("keep_last", KEEP_LAST_DEFAULT)))
 
 
 def _read_endpoint(entry: Mapping[str, Any], field: str) -> Endpoint:
