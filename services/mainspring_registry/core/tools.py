@@ -20,6 +20,8 @@ SCHEMA_BYTES_MAX: Final = 64 << 10
 TIMEOUT_MIN: Final = timedelta(milliseconds=1)
 TIMEOUT_MAX: Final = timedelta(hours=1)
 VERSION_DIGITS: Final = 12
+# Execution serves what begins so itself: no worker could be asked.
+RESERVED: Final = ("run.", "human.", "agent.", "handoff.")
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*([._-][a-z0-9]+)*")
 
@@ -69,6 +71,8 @@ def _check(tool: types_pb2.Tool, path: str) -> Iterator[Violation]:
             "must be lower-case words joined by dots, dashes and underscores, beginning with a letter, "
             f"at most {NAME_CHARACTERS_MAX} characters",
         )
+    if tool.name.startswith(RESERVED):
+        yield Violation(f"{path}.name", f"must not begin with {', '.join(RESERVED)}: these are the platform's own")
     if len(tool.description.encode()) > DESCRIPTION_BYTES_MAX:
         yield Violation(f"{path}.description", f"is longer than {DESCRIPTION_BYTES_MAX} bytes")
     if "\x00" in tool.description:

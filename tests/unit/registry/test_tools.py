@@ -87,6 +87,8 @@ def test_a_timeout_is_kept_to_the_microsecond(nanos: int) -> None:
         (tool("files..read"), "name", "must be lower-case words"),
         (tool("files.read\n"), "name", "must be lower-case words"),
         (tool("a" * 129), "name", "must be lower-case words"),
+        (tool("run.away"), "name", "must not begin with"),
+        (tool("agent.smith"), "name", "must not begin with"),
         (tool(description="é" * 2_049), "description", "is longer than 4096 bytes"),
         (tool(description="\x00"), "description", "holds a NUL character"),
         (tool(effect=0), "effect", "must be pure, idempotent, keyed or unsafe"),
