@@ -35,7 +35,7 @@ QUERIES: Final = {
     "approvals": """SELECT run_id::text, seq, kind, role, expires_time, call_id, decision, answered_by, data
         FROM state.approvals WHERE tenant_id = $1""",
     "metrics": """SELECT run_id::text, state, model_calls, tool_calls, tool_errors, cache_hits, retries, waiting_ms
-        FROM state.run_metrics WHERE tenant_id = $1""",
+        FROM state.runs WHERE tenant_id = $1 AND state >= 5""",
     "webhooks": "SELECT run_id::text, url, credential FROM state.webhooks WHERE tenant_id = $1",
     "keys": """SELECT user_id, idempotency_key, run_id::text, request_hash
         FROM state.idempotency_keys WHERE tenant_id = $1""",

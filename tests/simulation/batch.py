@@ -25,7 +25,7 @@ class Batch:
             self.root_count, self.parents, self.roots, self.parent_calls, self.depths,
             self.sources, self.attempts, self.priorities, self.hook_urls, self.hook_credentials,
             self.release_items, self.release_dues,
-            self.model_calls, self.tool_calls, self.tool_errors, self.cache_hits, self.retries, self.waitings,
+            self.model_counts, self.tool_counts, self.error_counts, self.cache_counts, self.retry_counts, self.waitings,
             self.ask_items, self.ask_seqs, self.ask_kinds, self.ask_roles, self.ask_titles, self.ask_calls,
             self.ask_arguments, self.ask_schemas, self.ask_expires,
             self.resolve_items, self.resolve_seqs, self.resolve_decisions, self.resolve_by, self.resolve_data,
@@ -53,5 +53,5 @@ class Batch:
 
     def counted(self) -> list[tuple[str, Sequence[Any]]]:
         """The columns of the metrics that come from the holder, each with a value for each end."""
-        names = ("model_calls", "tool_calls", "tool_errors", "cache_hits", "retries", "waitings")
+        names = ("model_counts", "tool_counts", "error_counts", "cache_counts", "retry_counts", "waitings")
         return [(name, getattr(self, name)) for name in names]

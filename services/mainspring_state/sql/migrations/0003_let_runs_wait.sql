@@ -6,7 +6,8 @@
 -- The release before goes on beside this one: its functions stay callable as they were. `append` and `claim` are the
 -- new ones by their old names; `put_input` and `take_run` are of no use to this release, and go with the next one.
 
--- parent_run_id to depth: of a sub-run. webhook_*: who is told of its end. As ever, no index on what an append changes.
+-- parent_run_id, root_run_id, parent_call_id, depth: of a sub-run. webhook_*: who is told of its end. model_calls to
+-- waiting_ms: what its holder counted, with its end. As ever, no index on what an append changes.
 ALTER TABLE state.runs
   ADD COLUMN parent_run_id uuid,
   ADD COLUMN root_run_id uuid,
@@ -14,6 +15,12 @@ ALTER TABLE state.runs
   ADD COLUMN source_run_id uuid,
   ADD COLUMN webhook_url text,
   ADD COLUMN webhook_credential text,
+  ADD COLUMN waiting_ms double precision,
+  ADD COLUMN model_calls integer,
+  ADD COLUMN tool_calls integer,
+  ADD COLUMN tool_errors integer,
+  ADD COLUMN cache_hits integer,
+  ADD COLUMN retries integer,
   ADD COLUMN depth smallint NOT NULL DEFAULT 0,
   ADD COLUMN attempt integer NOT NULL DEFAULT 1,
   ADD COLUMN priority smallint NOT NULL DEFAULT 0;
@@ -55,34 +62,6 @@ CREATE INDEX approvals_own_open ON state.approvals (tenant_id, user_id, create_t
 CREATE INDEX approvals_role ON state.approvals (tenant_id, role, create_time, run_id, seq);
 CREATE INDEX approvals_role_open ON state.approvals (tenant_id, role, create_time, run_id, seq) WHERE decision = 0;
 
--- What a run cost and how it went: a row with its terminal commit. Nothing of what was said in it.
-CREATE TABLE state.run_metrics (
-  run_id uuid NOT NULL,
-  create_time timestamptz NOT NULL,
-  end_time timestamptz NOT NULL,
-  duration_ms double precision NOT NULL,
-  queue_ms double precision NOT NULL,
-  waiting_ms double precision NOT NULL,
-  cost_usd double precision NOT NULL,
-  input_tokens bigint NOT NULL,
-  output_tokens bigint NOT NULL,
-  model_calls integer NOT NULL,
-  tool_calls integer NOT NULL,
-  tool_errors integer NOT NULL,
-  cache_hits integer NOT NULL,
-  retries integer NOT NULL,
-  recoveries integer NOT NULL,
-  state smallint NOT NULL,
-  tenant_id text COLLATE "C" NOT NULL,
-  user_id text COLLATE "C" NOT NULL,
-  agent text COLLATE "C" NOT NULL,
-  agent_version text NOT NULL,
-  error_reason text NOT NULL,
-  trace_id text NOT NULL,
-  stages jsonb,
-  PRIMARY KEY (tenant_id, run_id)
-);
-
 -- Ends of runs that somebody has to be told of; a row goes when that was done. due_time null: nobody tries any more.
 CREATE TABLE state.webhooks (
   run_id uuid NOT NULL,
@@ -100,11 +79,9 @@ CREATE TABLE state.webhooks (
 CREATE INDEX webhooks_due ON state.webhooks (due_time);
 
 ALTER TABLE state.approvals ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
-ALTER TABLE state.run_metrics ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
 ALTER TABLE state.webhooks ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
 
 CREATE POLICY engine ON state.approvals TO mainspring_state_engine USING (true) WITH CHECK (true);
-CREATE POLICY engine ON state.run_metrics TO mainspring_state_engine USING (true) WITH CHECK (true);
 CREATE POLICY engine ON state.webhooks TO mainspring_state_engine USING (true) WITH CHECK (true);
 
 CREATE POLICY own ON state.approvals USING (
@@ -113,11 +90,28 @@ CREATE POLICY own ON state.approvals USING (
 CREATE POLICY answerable ON state.approvals USING (
   tenant_id = current_setting('mainspring.tenant_id', true)
   AND role = ANY (string_to_array(current_setting('mainspring.answer_roles', true), ',')));
--- An operator sees the tenant's: what they cost, not what they said.
-CREATE POLICY tenant ON state.run_metrics USING (tenant_id = current_setting('mainspring.tenant_id', true));
 
-GRANT SELECT, INSERT, UPDATE, DELETE ON state.approvals, state.run_metrics, state.webhooks TO mainspring_state_engine;
-GRANT SELECT ON state.approvals, state.run_metrics TO mainspring_state;
+GRANT SELECT, INSERT, UPDATE, DELETE ON state.approvals, state.webhooks TO mainspring_state_engine;
+GRANT SELECT ON state.approvals TO mainspring_state;
+
+-- What each ended run cost and how it went: there from its terminal commit on, in its own row, as one more in another
+-- table would make every end dearer by a sixth. It shows a tenant's to the tenant's operators, whosever they are: it is
+-- read with the rights of its owner, who sees all; nothing of what was said is in it.
+CREATE VIEW state.run_metrics WITH (security_barrier) AS
+SELECT r.tenant_id, r.run_id, r.user_id, r.agent, r.agent_version, r.state, r.create_time, r.end_time, r.trace_id,
+  r.stages, coalesce(r.error ->> 'reason', '') AS error_reason,
+  1e3 * date_part('epoch', r.end_time - r.create_time) AS duration_ms,
+  1e3 * date_part('epoch', coalesce(r.start_time, r.end_time) - r.create_time) AS queue_ms,
+  coalesce(r.waiting_ms, 0) AS waiting_ms, coalesce(r.model_calls, 0) AS model_calls,
+  coalesce(r.tool_calls, 0) AS tool_calls, coalesce(r.tool_errors, 0) AS tool_errors,
+  coalesce(r.cache_hits, 0) AS cache_hits, coalesce(r.retries, 0) AS retries, r.takeovers AS recoveries,
+  coalesce((r.usage ->> 'input_tokens')::bigint, 0) AS input_tokens,
+  coalesce((r.usage ->> 'output_tokens')::bigint, 0) AS output_tokens,
+  coalesce((r.usage ->> 'cost_usd')::double precision, 0) AS cost_usd
+FROM state.runs r
+WHERE r.state >= 5 AND r.tenant_id = current_setting('mainspring.tenant_id', true);
+
+GRANT SELECT ON state.run_metrics TO mainspring_state;
 
 -- Whether an input of this kind makes a run of this state that nobody holds claimable; others are kept until it is.
 CREATE FUNCTION state.wakes(run_state integer, kind text) RETURNS boolean
@@ -153,8 +147,8 @@ CREATE FUNCTION state.append_batch(
   root_count integer, parents uuid[], roots uuid[], parent_calls text[], depths integer[],
   sources uuid[], attempts integer[], priorities integer[], hook_urls text[], hook_credentials text[],
   release_items integer[], release_dues timestamptz[],
-  model_calls integer[], tool_calls integer[], tool_errors integer[], cache_hits integer[], retries integer[],
-  waitings double precision[],
+  model_counts integer[], tool_counts integer[], error_counts integer[], cache_counts integer[],
+  retry_counts integer[], waitings double precision[],
   ask_items integer[], ask_seqs bigint[], ask_kinds integer[], ask_roles text[], ask_titles text[], ask_calls text[],
   ask_arguments bytea[], ask_schemas bytea[], ask_expires timestamptz[],
   resolve_items integer[], resolve_seqs bigint[], resolve_decisions integer[], resolve_by text[], resolve_data bytea[],
@@ -343,12 +337,18 @@ BEGIN
         result = results[i - end_first + 1],
         error = errors[i - end_first + 1]::jsonb,
         stages = all_stages[i - end_first + 1]::jsonb,
-        usage = usages[i - end_first + 1]::jsonb
+        usage = usages[i - end_first + 1]::jsonb,
+        model_calls = model_counts[i - end_first + 1],
+        tool_calls = tool_counts[i - end_first + 1],
+        tool_errors = error_counts[i - end_first + 1],
+        cache_hits = cache_counts[i - end_first + 1],
+        retries = retry_counts[i - end_first + 1],
+        waiting_ms = waitings[i - end_first + 1]
       FROM generate_series(create_count + 1, item_count) AS i
       WHERE r.tenant_id = tenants[i] AND r.run_id = runs[i]
         AND r.last_seq = expected_seqs[i] AND r.epoch = epochs[i] AND (from_states[i] >> r.state) & 1 = 1
       RETURNING i, r.tenant_id, r.run_id, r.user_id, r.session_id, r.ordinal, r.start_time, r.state, r.parent_run_id,
-        r.webhook_url, r.create_time, r.takeovers, r.agent, r.agent_version, r.trace_id, r.error, r.stages, r.usage
+        r.webhook_url
     ), logged AS (
       INSERT INTO state.events (run_id, seq, event_time, append_id, tenant_id, user_id, type, event)
       SELECT runs[i], expected_seqs[i] + k - event_firsts[i] + 1, new_event_time, append_ids[i], tenants[i], user_id,
@@ -362,17 +362,6 @@ BEGIN
       WHERE i >= end_first AND s.tenant_id = tenants[i] AND s.user_id = changed.user_id
         AND s.session_id = changed.session_id AND s.head_run_id = runs[i]
       RETURNING i, s.waiting
-    ), measured AS (
-      INSERT INTO state.run_metrics (run_id, create_time, end_time, duration_ms, queue_ms, waiting_ms, cost_usd,
-        input_tokens, output_tokens, model_calls, tool_calls, tool_errors, cache_hits, retries, recoveries, state,
-        tenant_id, user_id, agent, agent_version, error_reason, trace_id, stages)
-      SELECT run_id, create_time, now(), 1e3 * date_part('epoch', now() - create_time),
-        1e3 * date_part('epoch', coalesce(start_time, now()) - create_time), coalesce(waitings[k], 0),
-        coalesce((usage ->> 'cost_usd')::double precision, 0), coalesce((usage ->> 'input_tokens')::bigint, 0),
-        coalesce((usage ->> 'output_tokens')::bigint, 0), coalesce(model_calls[k], 0), coalesce(tool_calls[k], 0),
-        coalesce(tool_errors[k], 0), coalesce(cache_hits[k], 0), coalesce(retries[k], 0), takeovers, state,
-        tenant_id, user_id, agent, agent_version, coalesce(error ->> 'reason', ''), trace_id, stages
-      FROM (SELECT changed.*, i - end_first + 1 AS k FROM changed WHERE i >= end_first) AS ended
     )
     SELECT array_agg(i), array_agg(user_id), array_agg(ordinal), array_agg(state::integer),
       array_agg(i) FILTER (WHERE i >= end_first AND start_time IS NULL),
@@ -783,6 +772,7 @@ DECLARE
   signature regprocedure;
 BEGIN
   GRANT CREATE ON SCHEMA state TO mainspring_state_engine;
+  ALTER VIEW state.run_metrics OWNER TO mainspring_state_engine;
   FOR signature IN
     SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'state'::regnamespace
       AND p.proname IN ('wakes', 'sub_run_ended', 'append_batch', 'take', 'claim_runs', 'ask')
