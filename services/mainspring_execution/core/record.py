@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,17 +79,14 @@ def usage(progress: Progress) -> types_pb2.Usage:
     )
 
 
-def make_metrics(progress: Progress, stages: Sequence[types_pb2.Stage]) -> types_pb2.RunMetrics:
-    """What the run's row of metrics says, as far as its executor knows."""
+def make_metrics(progress: Progress) -> types_pb2.RunMetrics:
+    """What only the executor counts for the run's row of metrics; the rest is in the terminal event, or state's own."""
     return types_pb2.RunMetrics(
-        stages=stages,
         model_calls=progress.model_calls,
         tool_calls=progress.tool_calls,
         tool_errors=progress.tool_errors,
         cache_hits=progress.cache_hits,
         retries=progress.retries,
-        recoveries=progress.recoveries,
-        usage=usage(progress),
         waiting_ms=progress.waiting_ms,
     )
 

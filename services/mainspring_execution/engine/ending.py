@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Final
 
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
@@ -66,7 +65,7 @@ class Ending:
         completed = events_pb2.AgentCompleted(result=result, usage=usage(self._journal.progress))
         completed.duration_ms, stages = self._measure()
         completed.stages.extend(stages)
-        self._end(stages, agent_completed=completed)
+        self._end(agent_completed=completed)
 
     async def failed(self, error: types_pb2.RunError) -> None:
         """agent_failed; calls under way are told to stop."""
@@ -92,7 +91,7 @@ class Ending:
         ended = events_pb2.AgentTimedOut(error=error_value(error), usage=usage(self._journal.progress))
         ended.duration_ms, stages = self._measure()
         ended.stages.extend(stages)
-        self._end(stages, agent_timed_out=ended)
+        self._end(agent_timed_out=ended)
 
     async def cancelled(self, request: state_pb2.RunInput) -> None:
         """agent_cancelled, with a receipt for each call that was under way."""
@@ -108,7 +107,7 @@ class Ending:
         ended.duration_ms, stages = self._measure()
         ended.stages.extend(stages)
         self._journal.consume(request.request_id)
-        self._end(stages, agent_cancelled=ended)
+        self._end(agent_cancelled=ended)
 
     async def refused(self, refusal: MainspringError, *, attempt: int) -> None:
         """agent_failed / EVENT_REFUSED, or why else an append was not taken, without its payload.
@@ -140,7 +139,7 @@ class Ending:
         ended = events_pb2.AgentFailed(error=error, usage=usage(self._journal.progress))
         ended.duration_ms, stages = self._measure()
         ended.stages.extend(stages)
-        self._end(stages, agent_failed=ended)
+        self._end(agent_failed=ended)
 
     def _measure(self) -> tuple[float, list[types_pb2.Stage]]:
         """The run's duration in milliseconds, 0 if it never began, and its stages."""
@@ -148,10 +147,10 @@ class Ending:
         stages = measure_stages(self._marks, end=now, carried_seconds=self._carried_seconds)
         return (to_ms(now - self._began) if self._began else 0.0), stages
 
-    def _end(self, stages: Sequence[types_pb2.Stage], **payload: object) -> None:
+    def _end(self, **payload: object) -> None:
         self._attention.is_ending = True
         self._journal.record(**payload)
-        self._journal.flush(metrics=make_metrics(self._journal.progress, stages))
+        self._journal.flush(metrics=make_metrics(self._journal.progress))
 
 
 def _call_cancelled() -> MainspringError:
