@@ -105,11 +105,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_STEPS_EXHAUSTED: _ErrorReason.ValueType  # 42
     """FAILED_PRECONDITION: the run used all the steps its agent allows. Metadata: run_id, max_steps."""
     ERROR_REASON_MODEL_FAILED: _ErrorReason.ValueType  # 43
-    """Any code: the model provider failed. Metadata: provider, step."""
+    """Any code: the model provider failed. Metadata: provider, model, step, retry_after_seconds."""
     ERROR_REASON_TEMPLATE_INVALID: _ErrorReason.ValueType  # 44
     """INVALID_ARGUMENT: a template of the script names a value that is not there. Metadata: expression."""
     ERROR_REASON_RESULT_INVALID: _ErrorReason.ValueType  # 45
-    """INVALID_ARGUMENT: the agent's result does not match its output_schema. Metadata: path."""
+    """INVALID_ARGUMENT: the agent's result does not match its output_schema, or its model's answer can't be read.
+    Metadata: path, answer.
+    """
     ERROR_REASON_STEP_TIMED_OUT: _ErrorReason.ValueType  # 46
     """DEADLINE_EXCEEDED: a model step, or the model itself, passed its time. Metadata: step, timeout_seconds."""
     ERROR_REASON_DEPTH_EXCEEDED: _ErrorReason.ValueType  # 47
@@ -238,11 +240,13 @@ ERROR_REASON_RUN_POISONED: ErrorReason.ValueType  # 41
 ERROR_REASON_STEPS_EXHAUSTED: ErrorReason.ValueType  # 42
 """FAILED_PRECONDITION: the run used all the steps its agent allows. Metadata: run_id, max_steps."""
 ERROR_REASON_MODEL_FAILED: ErrorReason.ValueType  # 43
-"""Any code: the model provider failed. Metadata: provider, step."""
+"""Any code: the model provider failed. Metadata: provider, model, step, retry_after_seconds."""
 ERROR_REASON_TEMPLATE_INVALID: ErrorReason.ValueType  # 44
 """INVALID_ARGUMENT: a template of the script names a value that is not there. Metadata: expression."""
 ERROR_REASON_RESULT_INVALID: ErrorReason.ValueType  # 45
-"""INVALID_ARGUMENT: the agent's result does not match its output_schema. Metadata: path."""
+"""INVALID_ARGUMENT: the agent's result does not match its output_schema, or its model's answer can't be read.
+Metadata: path, answer.
+"""
 ERROR_REASON_STEP_TIMED_OUT: ErrorReason.ValueType  # 46
 """DEADLINE_EXCEEDED: a model step, or the model itself, passed its time. Metadata: step, timeout_seconds."""
 ERROR_REASON_DEPTH_EXCEEDED: ErrorReason.ValueType  # 47
