@@ -12,13 +12,17 @@ from pathlib import Path
 
 from mainspring.v1 import registry_pb2, registry_pb2_grpc
 from mainspring_kit import postgres, server
+from mainspring_kit.channel import Peer
+from mainspring_kit.identity import ServiceTokens
 from mainspring_kit.tasks import background
 
 from mainspring_registry.config import MigrateSettings, RegistrySettings
 from mainspring_registry.core.spec import agent_schema
-from mainspring_registry.engine import CatalogWatch
-from mainspring_registry.servicer import RegistryServicer
-from mainspring_registry.store import Store
+from mainspring_registry.engine import CatalogWatch, Clockwork
+from mainspring_registry.peers import Execution
+from mainspring_registry.servicer import RegistryServicer, Schemas
+from mainspring_registry.store.catalog import Store
+from mainspring_registry.store.schedules import Schedules
 
 PACKAGE = resources.files("mainspring_registry")
 
@@ -26,12 +30,20 @@ PACKAGE = resources.files("mainspring_registry")
 @asynccontextmanager
 async def wired(settings: RegistrySettings) -> AsyncIterator[tuple[RegistryServicer, CatalogWatch]]:
     """The servicer with its store and its watch of the catalog, working while the block runs."""
-    schema = agent_schema(PACKAGE.joinpath("agent.schema.json").read_bytes())
-    async with await postgres.connect(settings.database_url, size_max=settings.database_connections_max) as pool:
-        store = Store(pool)
+    schemas = Schemas(
+        agent=agent_schema(PACKAGE.joinpath("agent.schema.json").read_bytes()),
+        schedule=agent_schema(PACKAGE.joinpath("schedule.schema.json").read_bytes()),
+    )
+    tokens = ServiceTokens(settings.service_secret.get_secret_value(), "registry")
+    async with (
+        await postgres.connect(settings.database_url, size_max=settings.database_connections_max) as pool,
+        Peer(settings.execution_target, tokens) as execution_peer,
+    ):
+        store, schedules = Store(pool), Schedules(pool)
         watch = CatalogWatch(store, settings.database_url, watchers_max=settings.watchers_max)
-        async with background(watch.run()):
-            servicer = RegistryServicer(store, watch, schema=schema)  # type: ignore[abstract]  # later rpcs are missing
+        clockwork = Clockwork(schedules, Execution(execution_peer))
+        async with background(watch.run(), clockwork.run()):
+            servicer = RegistryServicer(store, schedules, watch, schemas=schemas)  # type: ignore[abstract]  # later rpcs
             yield servicer, watch
 
 

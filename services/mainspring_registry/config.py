@@ -16,6 +16,11 @@ class RegistrySettings(ServiceSettings):
     database_connections_max: int = Field(
         8, ge=1, le=100, description="PostgreSQL connections for calls; one more listens"
     )
+    execution_target: str = Field(
+        "127.0.0.1:50053",
+        min_length=1,
+        description="execution, which starts the runs of schedules: host:port[,host:port…] or dns:///name:port",
+    )
     watchers_max: int = Field(256, ge=1, le=10_000, description="WatchCatalog streams served at once")
 
 

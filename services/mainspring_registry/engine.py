@@ -1,21 +1,35 @@
-"""What the registry does when nobody calls: looks for new revisions of the catalog and keeps its watchers going."""
+"""What the registry does when nobody calls: keeps the catalog's watchers going, and fires schedules."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Final
 
-from mainspring.v1 import registry_pb2
+import grpc
+from mainspring.v1 import execution_pb2, registry_pb2, types_pb2
 from mainspring_kit import postgres, telemetry
 from mainspring_kit.errors import MainspringError, Reason
+from mainspring_kit.identity import UserExecutionContext, new_id
+from mainspring_kit.tasks import raise_if_cancelled
 
 from mainspring_registry.core import catalog
-from mainspring_registry.store import Store, open_revisions
+from mainspring_registry.core.schedules import idempotency_key, plan_firing, session_id
+from mainspring_registry.peers import Execution
+from mainspring_registry.store.catalog import Store, open_revisions
+from mainspring_registry.store.schedules import Due, Fired, Schedules
 
 # Watchers are promised a beat each 250 ms; the rest is for the look itself.
 TICK_SECONDS: Final = 0.2
 RECONNECT_SECONDS: Final = 0.2
+SCHEDULE_SECONDS: Final = 0.5
+# A process that dies while it fires leaves the schedule to another one after this long.
+FIRING_SECONDS: Final = 30.0
+DUE_MAX: Final = 16
+
+# Execution gave no verdict: the same start again does no harm, its key names the same run.
+_UNDECIDED: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 class CatalogWatch:
@@ -101,3 +115,69 @@ class CatalogWatch:
         """Wakes every stream, once."""
         self._tick.set()
         self._tick = asyncio.Event()
+
+
+class Clockwork:
+    """Fires the schedules of all tenants; of several processes each fires what no other is at."""
+
+    def __init__(self, schedules: Schedules, execution: Execution) -> None:
+        self._schedules = schedules
+        self._execution = execution
+
+    async def run(self) -> None:
+        """Looks for what is due as long as it is awaited."""
+        while True:
+            try:
+                due = await self._schedules.take_due(items_max=DUE_MAX, busy_seconds=FIRING_SECONDS)
+                for entry in due:
+                    await self._fire(entry)
+            except MainspringError as error:
+                telemetry.logger().debug("schedules_delayed", detail=str(error)[:200])
+                due = []
+            raise_if_cancelled()
+            if len(due) < DUE_MAX:
+                await asyncio.sleep(SCHEDULE_SECONDS)
+
+    async def _fire(self, due: Due) -> None:
+        """Starts the runs of one schedule, oldest time first, and keeps what came of it."""
+        firing = plan_firing(due.schedule, due.next_time, datetime.now(UTC))
+        fired = Fired(firing.next_time)
+        for moment in firing.times:
+            try:
+                run_id = await self._start(due, moment)
+            except MainspringError as error:
+                if error.code in _UNDECIDED:
+                    # From this time on it is tried again.
+                    fired = Fired(moment, fired.time, fired.run_id, fired.error)
+                    break
+                fault = types_pb2.RunError(code=error.code.name, reason=error.reason_name, message=error.message)
+                fired = Fired(firing.next_time, moment, error=fault)
+                telemetry.logger().info(
+                    "schedule_refused", schedule=due.schedule.name, tenant_id=due.tenant_id, reason=error.reason_name
+                )
+            else:
+                fired = Fired(firing.next_time, moment, run_id)
+                telemetry.logger().info(
+                    "schedule_fired", schedule=due.schedule.name, tenant_id=due.tenant_id, run_id=run_id
+                )
+        await self._schedules.settle(due, fired)
+
+    async def _start(self, due: Due, moment: datetime) -> str:
+        schedule = due.schedule
+        user = UserExecutionContext(
+            tenant_id=due.tenant_id,
+            user_id=schedule.user_id,
+            session_id=session_id(schedule),
+            run_id=new_id(),
+            request_id=new_id(),
+            roles=("runner",),
+        )
+        request = execution_pb2.StartRunRequest(
+            agent=schedule.agent,
+            alias=schedule.alias,
+            input=schedule.input,
+            session_id=user.session_id,
+            idempotency_key=idempotency_key(schedule, moment),
+            session_policy=schedule.overlap,
+        )
+        return (await self._execution.start_run(user, request)).run_id

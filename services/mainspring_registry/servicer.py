@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from jsonschema import Draft202012Validator
 from mainspring.v1 import registry_pb2 as pb
@@ -12,20 +14,31 @@ from mainspring_kit.identity import caller_variable, current_context
 from mainspring_kit.interceptors import ServicerContext
 
 from mainspring_registry.core import catalog
+from mainspring_registry.core.schedules import read_schedule, timetable
 from mainspring_registry.core.spec import read_agent
 from mainspring_registry.core.tenants import read_tenant
 from mainspring_registry.core.tools import read_tools
 from mainspring_registry.engine import CatalogWatch
-from mainspring_registry.store import Store
+from mainspring_registry.store.catalog import Store
+from mainspring_registry.store.schedules import Schedules
+
+
+@dataclass(frozen=True, slots=True)
+class Schemas:
+    """The published schemas of what is registered as a document."""
+
+    agent: Draft202012Validator
+    schedule: Draft202012Validator
 
 
 class RegistryServicer(rpc.RegistryServiceServicer):
     """Unpacks, calls, packs. The rpcs that it lacks are of later releases and answer so."""
 
-    def __init__(self, store: Store, watch: CatalogWatch, *, schema: Draft202012Validator) -> None:
+    def __init__(self, store: Store, schedules: Schedules, watch: CatalogWatch, *, schemas: Schemas) -> None:
         self._store = store
+        self._schedules = schedules
         self._watch = watch
-        self._schema = schema
+        self._schemas = schemas
 
     async def RegisterAgent(
         self, request: pb.RegisterAgentRequest, context: ServicerContext
@@ -33,7 +46,7 @@ class RegistryServicer(rpc.RegistryServiceServicer):
         """See registry.proto."""
         user = current_context()
         # In a thread: a large document takes long enough to hold up every stream of the process.
-        agent = await asyncio.to_thread(read_agent, request.document, self._schema)
+        agent = await asyncio.to_thread(read_agent, request.document, self._schemas.agent)
         stored, created = await self._store.register_agent(user, agent)
         return pb.RegisterAgentResponse(agent=stored, created=created)
 
@@ -92,6 +105,30 @@ class RegistryServicer(rpc.RegistryServiceServicer):
         """See registry.proto."""
         await self._store.put_tenant(read_tenant(caller_variable.get(), request.tenant_id), None)
         return pb.DeleteTenantResponse()
+
+    async def PutSchedule(self, request: pb.PutScheduleRequest, context: ServicerContext) -> pb.PutScheduleResponse:
+        """See registry.proto."""
+        schedule = await asyncio.to_thread(read_schedule, request.document, self._schemas.schedule)
+        next_time = timetable(schedule).after(datetime.now(UTC))
+        return pb.PutScheduleResponse(schedule=await self._schedules.put(current_context(), schedule, next_time))
+
+    async def GetSchedule(self, request: pb.GetScheduleRequest, context: ServicerContext) -> pb.GetScheduleResponse:
+        """See registry.proto."""
+        return pb.GetScheduleResponse(schedule=await self._schedules.get(current_context(), request.name))
+
+    async def ListSchedules(
+        self, request: pb.ListSchedulesRequest, context: ServicerContext
+    ) -> pb.ListSchedulesResponse:
+        """See registry.proto."""
+        schedules, token = await self._schedules.list_page(current_context(), request)
+        return pb.ListSchedulesResponse(schedules=schedules, next_page_token=token)
+
+    async def DeleteSchedule(
+        self, request: pb.DeleteScheduleRequest, context: ServicerContext
+    ) -> pb.DeleteScheduleResponse:
+        """See registry.proto."""
+        await self._schedules.delete(current_context(), request.name)
+        return pb.DeleteScheduleResponse()
 
     async def WatchCatalog(
         self, request: pb.WatchCatalogRequest, context: ServicerContext

@@ -30,7 +30,7 @@ from mainspring.v1 import identity_pb2 as mainspring_dot_v1_dot_identity__pb2
 from mainspring.v1 import types_pb2 as mainspring_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmainspring/v1/execution.proto\x12\rmainspring.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1cmainspring/v1/identity.proto\x1a\x19mainspring/v1/types.proto\"\xd8\x02\n\x0fStartRunRequest\x12\x18\n\x05\x61gent\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?\x12\x16\n\x05\x61lias\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18?\x12\x18\n\x07version\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18\x14\x12\x18\n\x05input\x18\x04 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\nsession_id\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12!\n\x0fidempotency_key\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x36\n\x04wait\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\xac\x02\x32\x00\x12)\n\x08priority\x18\x08 \x01(\x05\x42\x12\xbaH\x0f\x1a\r\x18\x64(\x9c\xff\xff\xff\xff\xff\xff\xff\xff\x01H\x00\x88\x01\x01\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0b\n\t_priority\"k\n\x10StartRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.mainspring.v1.RunState\x12\x1f\n\x03run\x18\x03 \x01(\x0b\x32\x12.mainspring.v1.Run\"<\n\x10StartRunsRequest\x12(\n\x06starts\x18\x01 \x03(\x0b\x32\x18.mainspring.v1.StartItem\"\xa8\x01\n\tStartItem\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x34\n\x07\x63ontext\x18\x02 \x01(\x0b\x32#.mainspring.v1.UserExecutionContext\x12-\n\x05start\x18\x03 \x01(\x0b\x32\x1e.mainspring.v1.StartRunRequest\x12\x10\n\x08state_id\x18\x04 \x01(\t\x12\x13\n\x0b\x66ollower_id\x18\x05 \x01(\t\"@\n\x11StartRunsResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.mainspring.v1.StartResult\"\xa2\x01\n\x0bStartResult\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.mainspring.v1.RunState\x12\x14\n\x0crepeated_key\x18\x05 \x01(\x08\x12\x10\n\x08\x66ollowed\x18\x06 \x01(\x08\"d\n\x10\x43\x61ncelRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x18\n\x06reason\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"#\n\x11\x43\x61ncelRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"c\n\x0fPauseRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x18\n\x06reason\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"\"\n\x10PauseRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"J\n\x10ResumeRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1c\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"#\n\x11ResumeRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"|\n\x10SignalRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x17\n\x04name\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\x12\x17\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\nrequest_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"#\n\x11SignalRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\xae\x01\n\x16ResolveApprovalRequest\x12\x1e\n\x0b\x61pproval_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12=\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0e\x32\x1f.mainspring.v1.ApprovalDecisionB\n\xbaH\x07\x82\x01\x04\x18\x01\x18\x02\x12\x17\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\nrequest_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\")\n\x17ResolveApprovalResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"I\n\x0fRetryRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1c\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"J\n\x10RetryRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.mainspring.v1.RunState\"\x96\x01\n\x0e\x46orkRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x14\n\x03seq\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1c\n\nsession_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x18\n\x07version\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18\x14\"I\n\x0f\x46orkRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.mainspring.v1.RunState\"-\n\x11\x45xplainRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"n\n\x12\x45xplainRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.mainspring.v1.Run\x12\"\n\x05holds\x18\x02 \x03(\x0b\x32\x13.mainspring.v1.Hold\x12\x13\n\x0b\x65xecutor_id\x18\x03 \x01(\t2\xf8\x06\n\x10\x45xecutionService\x12Q\n\x08StartRun\x12\x1e.mainspring.v1.StartRunRequest\x1a\x1f.mainspring.v1.StartRunResponse\"\x04\xa0\xe8\x18\x02\x12X\n\tStartRuns\x12\x1f.mainspring.v1.StartRunsRequest\x1a .mainspring.v1.StartRunsResponse\"\x04\xa0\xe8\x18\x05(\x01\x30\x01\x12T\n\tCancelRun\x12\x1f.mainspring.v1.CancelRunRequest\x1a .mainspring.v1.CancelRunResponse\"\x04\xa0\xe8\x18\x02\x12Q\n\x08PauseRun\x12\x1e.mainspring.v1.PauseRunRequest\x1a\x1f.mainspring.v1.PauseRunResponse\"\x04\xa0\xe8\x18\x02\x12T\n\tResumeRun\x12\x1f.mainspring.v1.ResumeRunRequest\x1a .mainspring.v1.ResumeRunResponse\"\x04\xa0\xe8\x18\x02\x12T\n\tSignalRun\x12\x1f.mainspring.v1.SignalRunRequest\x1a .mainspring.v1.SignalRunResponse\"\x04\xa0\xe8\x18\x02\x12\x66\n\x0fResolveApproval\x12%.mainspring.v1.ResolveApprovalRequest\x1a&.mainspring.v1.ResolveApprovalResponse\"\x04\xa0\xe8\x18\x02\x12Q\n\x08RetryRun\x12\x1e.mainspring.v1.RetryRunRequest\x1a\x1f.mainspring.v1.RetryRunResponse\"\x04\xa0\xe8\x18\x02\x12N\n\x07\x46orkRun\x12\x1d.mainspring.v1.ForkRunRequest\x1a\x1e.mainspring.v1.ForkRunResponse\"\x04\xa0\xe8\x18\x02\x12W\n\nExplainRun\x12 .mainspring.v1.ExplainRunRequest\x1a!.mainspring.v1.ExplainRunResponse\"\x04\xa0\xe8\x18\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmainspring/v1/execution.proto\x12\rmainspring.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1cmainspring/v1/identity.proto\x1a\x19mainspring/v1/types.proto\"\x98\x03\n\x0fStartRunRequest\x12\x18\n\x05\x61gent\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?\x12\x16\n\x05\x61lias\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18?\x12\x18\n\x07version\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18\x14\x12\x18\n\x05input\x18\x04 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\nsession_id\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12!\n\x0fidempotency_key\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x36\n\x04wait\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\xac\x02\x32\x00\x12)\n\x08priority\x18\x08 \x01(\x05\x42\x12\xbaH\x0f\x1a\r\x18\x64(\x9c\xff\xff\xff\xff\xff\xff\xff\xff\x01H\x00\x88\x01\x01\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12>\n\x0esession_policy\x18\n \x01(\x0e\x32\x1c.mainspring.v1.SessionPolicyB\x08\xbaH\x05\x82\x01\x02\x10\x01\x42\x0b\n\t_priority\"k\n\x10StartRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.mainspring.v1.RunState\x12\x1f\n\x03run\x18\x03 \x01(\x0b\x32\x12.mainspring.v1.Run\"<\n\x10StartRunsRequest\x12(\n\x06starts\x18\x01 \x03(\x0b\x32\x18.mainspring.v1.StartItem\"\xa8\x01\n\tStartItem\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x34\n\x07\x63ontext\x18\x02 \x01(\x0b\x32#.mainspring.v1.UserExecutionContext\x12-\n\x05start\x18\x03 \x01(\x0b\x32\x1e.mainspring.v1.StartRunRequest\x12\x10\n\x08state_id\x18\x04 \x01(\t\x12\x13\n\x0b\x66ollower_id\x18\x05 \x01(\t\"@\n\x11StartRunsResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.mainspring.v1.StartResult\"\xa2\x01\n\x0bStartResult\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.mainspring.v1.RunState\x12\x14\n\x0crepeated_key\x18\x05 \x01(\x08\x12\x10\n\x08\x66ollowed\x18\x06 \x01(\x08\"d\n\x10\x43\x61ncelRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x18\n\x06reason\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"#\n\x11\x43\x61ncelRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"c\n\x0fPauseRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x18\n\x06reason\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"\"\n\x10PauseRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"J\n\x10ResumeRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1c\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"#\n\x11ResumeRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"|\n\x10SignalRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x17\n\x04name\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x64\x12\x17\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\nrequest_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"#\n\x11SignalRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\xae\x01\n\x16ResolveApprovalRequest\x12\x1e\n\x0b\x61pproval_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12=\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0e\x32\x1f.mainspring.v1.ApprovalDecisionB\n\xbaH\x07\x82\x01\x04\x18\x01\x18\x02\x12\x17\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x1c\n\nrequest_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\")\n\x17ResolveApprovalResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"I\n\x0fRetryRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1c\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"J\n\x10RetryRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.mainspring.v1.RunState\"\x96\x01\n\x0e\x46orkRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x14\n\x03seq\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1c\n\nsession_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x18\n\x07version\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18\x14\"I\n\x0f\x46orkRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.mainspring.v1.RunState\"-\n\x11\x45xplainRunRequest\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\"n\n\x12\x45xplainRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.mainspring.v1.Run\x12\"\n\x05holds\x18\x02 \x03(\x0b\x32\x13.mainspring.v1.Hold\x12\x13\n\x0b\x65xecutor_id\x18\x03 \x01(\t2\xf8\x06\n\x10\x45xecutionService\x12Q\n\x08StartRun\x12\x1e.mainspring.v1.StartRunRequest\x1a\x1f.mainspring.v1.StartRunResponse\"\x04\xa0\xe8\x18\x02\x12X\n\tStartRuns\x12\x1f.mainspring.v1.StartRunsRequest\x1a .mainspring.v1.StartRunsResponse\"\x04\xa0\xe8\x18\x05(\x01\x30\x01\x12T\n\tCancelRun\x12\x1f.mainspring.v1.CancelRunRequest\x1a .mainspring.v1.CancelRunResponse\"\x04\xa0\xe8\x18\x02\x12Q\n\x08PauseRun\x12\x1e.mainspring.v1.PauseRunRequest\x1a\x1f.mainspring.v1.PauseRunResponse\"\x04\xa0\xe8\x18\x02\x12T\n\tResumeRun\x12\x1f.mainspring.v1.ResumeRunRequest\x1a .mainspring.v1.ResumeRunResponse\"\x04\xa0\xe8\x18\x02\x12T\n\tSignalRun\x12\x1f.mainspring.v1.SignalRunRequest\x1a .mainspring.v1.SignalRunResponse\"\x04\xa0\xe8\x18\x02\x12\x66\n\x0fResolveApproval\x12%.mainspring.v1.ResolveApprovalRequest\x1a&.mainspring.v1.ResolveApprovalResponse\"\x04\xa0\xe8\x18\x02\x12Q\n\x08RetryRun\x12\x1e.mainspring.v1.RetryRunRequest\x1a\x1f.mainspring.v1.RetryRunResponse\"\x04\xa0\xe8\x18\x02\x12N\n\x07\x46orkRun\x12\x1d.mainspring.v1.ForkRunRequest\x1a\x1e.mainspring.v1.ForkRunResponse\"\x04\xa0\xe8\x18\x02\x12W\n\nExplainRun\x12 .mainspring.v1.ExplainRunRequest\x1a!.mainspring.v1.ExplainRunResponse\"\x04\xa0\xe8\x18\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,6 +53,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTRUNREQUEST'].fields_by_name['wait']._serialized_options = b'\272H\n\252\001\007\"\003\010\254\0022\000'
   _globals['_STARTRUNREQUEST'].fields_by_name['priority']._loaded_options = None
   _globals['_STARTRUNREQUEST'].fields_by_name['priority']._serialized_options = b'\272H\017\032\r\030d(\234\377\377\377\377\377\377\377\377\001'
+  _globals['_STARTRUNREQUEST'].fields_by_name['session_policy']._loaded_options = None
+  _globals['_STARTRUNREQUEST'].fields_by_name['session_policy']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_CANCELRUNREQUEST'].fields_by_name['run_id']._loaded_options = None
   _globals['_CANCELRUNREQUEST'].fields_by_name['run_id']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_CANCELRUNREQUEST'].fields_by_name['reason']._loaded_options = None
@@ -122,49 +124,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXECUTIONSERVICE'].methods_by_name['ExplainRun']._loaded_options = None
   _globals['_EXECUTIONSERVICE'].methods_by_name['ExplainRun']._serialized_options = b'\240\350\030\001'
   _globals['_STARTRUNREQUEST']._serialized_start=225
-  _globals['_STARTRUNREQUEST']._serialized_end=569
-  _globals['_STARTRUNRESPONSE']._serialized_start=571
-  _globals['_STARTRUNRESPONSE']._serialized_end=678
-  _globals['_STARTRUNSREQUEST']._serialized_start=680
-  _globals['_STARTRUNSREQUEST']._serialized_end=740
-  _globals['_STARTITEM']._serialized_start=743
-  _globals['_STARTITEM']._serialized_end=911
-  _globals['_STARTRUNSRESPONSE']._serialized_start=913
-  _globals['_STARTRUNSRESPONSE']._serialized_end=977
-  _globals['_STARTRESULT']._serialized_start=980
-  _globals['_STARTRESULT']._serialized_end=1142
-  _globals['_CANCELRUNREQUEST']._serialized_start=1144
-  _globals['_CANCELRUNREQUEST']._serialized_end=1244
-  _globals['_CANCELRUNRESPONSE']._serialized_start=1246
-  _globals['_CANCELRUNRESPONSE']._serialized_end=1281
-  _globals['_PAUSERUNREQUEST']._serialized_start=1283
-  _globals['_PAUSERUNREQUEST']._serialized_end=1382
-  _globals['_PAUSERUNRESPONSE']._serialized_start=1384
-  _globals['_PAUSERUNRESPONSE']._serialized_end=1418
-  _globals['_RESUMERUNREQUEST']._serialized_start=1420
-  _globals['_RESUMERUNREQUEST']._serialized_end=1494
-  _globals['_RESUMERUNRESPONSE']._serialized_start=1496
-  _globals['_RESUMERUNRESPONSE']._serialized_end=1531
-  _globals['_SIGNALRUNREQUEST']._serialized_start=1533
-  _globals['_SIGNALRUNREQUEST']._serialized_end=1657
-  _globals['_SIGNALRUNRESPONSE']._serialized_start=1659
-  _globals['_SIGNALRUNRESPONSE']._serialized_end=1694
-  _globals['_RESOLVEAPPROVALREQUEST']._serialized_start=1697
-  _globals['_RESOLVEAPPROVALREQUEST']._serialized_end=1871
-  _globals['_RESOLVEAPPROVALRESPONSE']._serialized_start=1873
-  _globals['_RESOLVEAPPROVALRESPONSE']._serialized_end=1914
-  _globals['_RETRYRUNREQUEST']._serialized_start=1916
-  _globals['_RETRYRUNREQUEST']._serialized_end=1989
-  _globals['_RETRYRUNRESPONSE']._serialized_start=1991
-  _globals['_RETRYRUNRESPONSE']._serialized_end=2065
-  _globals['_FORKRUNREQUEST']._serialized_start=2068
-  _globals['_FORKRUNREQUEST']._serialized_end=2218
-  _globals['_FORKRUNRESPONSE']._serialized_start=2220
-  _globals['_FORKRUNRESPONSE']._serialized_end=2293
-  _globals['_EXPLAINRUNREQUEST']._serialized_start=2295
-  _globals['_EXPLAINRUNREQUEST']._serialized_end=2340
-  _globals['_EXPLAINRUNRESPONSE']._serialized_start=2342
-  _globals['_EXPLAINRUNRESPONSE']._serialized_end=2452
-  _globals['_EXECUTIONSERVICE']._serialized_start=2455
-  _globals['_EXECUTIONSERVICE']._serialized_end=3343
+  _globals['_STARTRUNREQUEST']._serialized_end=633
+  _globals['_STARTRUNRESPONSE']._serialized_start=635
+  _globals['_STARTRUNRESPONSE']._serialized_end=742
+  _globals['_STARTRUNSREQUEST']._serialized_start=744
+  _globals['_STARTRUNSREQUEST']._serialized_end=804
+  _globals['_STARTITEM']._serialized_start=807
+  _globals['_STARTITEM']._serialized_end=975
+  _globals['_STARTRUNSRESPONSE']._serialized_start=977
+  _globals['_STARTRUNSRESPONSE']._serialized_end=1041
+  _globals['_STARTRESULT']._serialized_start=1044
+  _globals['_STARTRESULT']._serialized_end=1206
+  _globals['_CANCELRUNREQUEST']._serialized_start=1208
+  _globals['_CANCELRUNREQUEST']._serialized_end=1308
+  _globals['_CANCELRUNRESPONSE']._serialized_start=1310
+  _globals['_CANCELRUNRESPONSE']._serialized_end=1345
+  _globals['_PAUSERUNREQUEST']._serialized_start=1347
+  _globals['_PAUSERUNREQUEST']._serialized_end=1446
+  _globals['_PAUSERUNRESPONSE']._serialized_start=1448
+  _globals['_PAUSERUNRESPONSE']._serialized_end=1482
+  _globals['_RESUMERUNREQUEST']._serialized_start=1484
+  _globals['_RESUMERUNREQUEST']._serialized_end=1558
+  _globals['_RESUMERUNRESPONSE']._serialized_start=1560
+  _globals['_RESUMERUNRESPONSE']._serialized_end=1595
+  _globals['_SIGNALRUNREQUEST']._serialized_start=1597
+  _globals['_SIGNALRUNREQUEST']._serialized_end=1721
+  _globals['_SIGNALRUNRESPONSE']._serialized_start=1723
+  _globals['_SIGNALRUNRESPONSE']._serialized_end=1758
+  _globals['_RESOLVEAPPROVALREQUEST']._serialized_start=1761
+  _globals['_RESOLVEAPPROVALREQUEST']._serialized_end=1935
+  _globals['_RESOLVEAPPROVALRESPONSE']._serialized_start=1937
+  _globals['_RESOLVEAPPROVALRESPONSE']._serialized_end=1978
+  _globals['_RETRYRUNREQUEST']._serialized_start=1980
+  _globals['_RETRYRUNREQUEST']._serialized_end=2053
+  _globals['_RETRYRUNRESPONSE']._serialized_start=2055
+  _globals['_RETRYRUNRESPONSE']._serialized_end=2129
+  _globals['_FORKRUNREQUEST']._serialized_start=2132
+  _globals['_FORKRUNREQUEST']._serialized_end=2282
+  _globals['_FORKRUNRESPONSE']._serialized_start=2284
+  _globals['_FORKRUNRESPONSE']._serialized_end=2357
+  _globals['_EXPLAINRUNREQUEST']._serialized_start=2359
+  _globals['_EXPLAINRUNREQUEST']._serialized_end=2404
+  _globals['_EXPLAINRUNRESPONSE']._serialized_start=2406
+  _globals['_EXPLAINRUNRESPONSE']._serialized_end=2516
+  _globals['_EXECUTIONSERVICE']._serialized_start=2519
+  _globals['_EXECUTIONSERVICE']._serialized_end=3407
 # @@protoc_insertion_point(module_scope)

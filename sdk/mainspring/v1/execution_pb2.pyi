@@ -38,6 +38,7 @@ class StartRunRequest(_message.Message):
     WAIT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    SESSION_POLICY_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     """The agent's name."""
     alias: _builtins.str
@@ -52,6 +53,8 @@ class StartRunRequest(_message.Message):
     """De-duplicates; empty: none."""
     priority: _builtins.int
     """Among the tenant's runs in line, higher goes first; unset: the agent's limits.priority."""
+    session_policy: _types_pb2.SessionPolicy.ValueType
+    """The policy of the session, where this run makes it; unset: enqueue."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
         """Wait for the end this long; unset: do not wait; at most 5 min."""
@@ -72,10 +75,11 @@ class StartRunRequest(_message.Message):
         wait: _duration_pb2.Duration | None = ...,
         priority: _builtins.int | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
+        session_policy: _types_pb2.SessionPolicy.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "priority", b"priority", "start_time", b"start_time", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "agent", b"agent", "alias", b"alias", "idempotency_key", b"idempotency_key", "input", b"input", "priority", b"priority", "session_id", b"session_id", "start_time", b"start_time", "version", b"version", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "agent", b"agent", "alias", b"alias", "idempotency_key", b"idempotency_key", "input", b"input", "priority", b"priority", "session_id", b"session_id", "session_policy", b"session_policy", "start_time", b"start_time", "version", b"version", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015

@@ -93,6 +93,7 @@ def make_create(
         executor_id=executor_id,
         trace_id=envelope.trace_id,
         follower_id=follower_id,
+        policy=start.session_policy,
     )
     create.deadline.FromMicroseconds(int((now + plan.timeout_seconds) * 1e6))
     started = events_pb2.AgentStarted(agent_version=plan.version, input=input_json, attempt=1)

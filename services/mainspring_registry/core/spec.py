@@ -33,15 +33,15 @@ def read_agent(document: bytes, schema: Draft202012Validator) -> types_pb2.Agent
     try:
         spec = read_document(document)
     except DocumentError as error:
-        raise _invalid([error.violation]) from error
+        raise spec_invalid([error.violation]) from error
     faults = faults_of(spec, schema)
     if isinstance(spec, dict) and isinstance(output_schema := spec.get("output_schema"), dict):
         faults += schema_faults(output_schema, "output_schema") or list(cost_faults(output_schema, "output_schema"))
     if faults := faults or list(_check_meaning(spec)):
-        raise _invalid(faults)
+        raise spec_invalid(faults)
     canonical = write_canonical(spec).encode()
     if len(canonical) > SPEC_BYTES_MAX:
-        raise _invalid([Violation("", f"takes {len(canonical)} bytes as JSON; at most {SPEC_BYTES_MAX} are taken")])
+        raise spec_invalid([Violation("", f"takes {len(canonical)} bytes as JSON; at most {SPEC_BYTES_MAX} are taken")])
     return types_pb2.Agent(
         name=spec["name"],
         description=spec.get("description", ""),
@@ -95,7 +95,8 @@ def _is_template(text: str) -> bool:
     return text.startswith("{{") and text.find("}}") == len(text) - 2
 
 
-def _invalid(faults: list[Violation]) -> MainspringError:
+def spec_invalid(faults: list[Violation]) -> MainspringError:
+    """SPEC_INVALID with every fault."""
     first = faults[0]
     others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return MainspringError(

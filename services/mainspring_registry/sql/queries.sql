@@ -107,3 +107,28 @@ FROM (
 ) AS s
 WHERE s.bytes_before < $4::bigint
 ORDER BY s.name;
+
+-- put_schedule: Inserts or replaces schedule $2 of tenant $1; what its last firing came to stays.
+INSERT INTO registry.schedules AS s
+  (tenant_id, name, user_id, cron, time_zone, agent, alias, input, missed, overlap, paused, next_time)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+ON CONFLICT (tenant_id, name) DO UPDATE SET user_id = excluded.user_id, cron = excluded.cron,
+  time_zone = excluded.time_zone, agent = excluded.agent, alias = excluded.alias, input = excluded.input,
+  missed = excluded.missed, overlap = excluded.overlap, paused = excluded.paused, next_time = excluded.next_time,
+  busy_until = NULL
+RETURNING *;
+
+-- read_schedule: Schedule $2 of tenant $1.
+SELECT * FROM registry.schedules WHERE tenant_id = $1 AND name = $2;
+
+-- list_schedules: Schedules of tenant $1 by name after $2; $3 rows.
+SELECT * FROM registry.schedules WHERE tenant_id = $1 AND name > $2 ORDER BY name LIMIT $3;
+
+-- delete_schedule: Deletes schedule $2 of tenant $1.
+DELETE FROM registry.schedules WHERE tenant_id = $1 AND name = $2 RETURNING name;
+
+-- take_due_schedules: Schedules that are due, each this process's alone for a while.
+SELECT * FROM registry.take_due_schedules($1, $2);
+
+-- settle_schedule: What the firing of a schedule came to.
+SELECT registry.settle_schedule($1, $2, $3, $4, $5, $6, $7);

@@ -1,0 +1,1 @@
+"""What the registry remembers, in PostgreSQL's schema `registry`."""
