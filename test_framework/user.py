@@ -60,12 +60,14 @@ class User:
         """A socket that lives as long as the user."""
         return await self._opened.enter_async_context(self.stream())
 
-    async def http(self, method: str, path: str, body: object = None, *, role: str = "") -> Answer:
+    async def http(
+        self, method: str, path: str, body: object = None, *, role: str = "", headers: Mapping[str, str] | None = None
+    ) -> Answer:
         """One HTTP call with the user's token, or with one of another role."""
         token = self.stack.identities.token(self.context.tenant_id, self.context.user_id, role) if role else self.token
         session = await self._http_session()
-        headers = {"Authorization": f"Bearer {token}"}
-        async with session.request(method, f"{self.stack.gateway}{path}", json=body, headers=headers) as response:
+        sent = {"Authorization": f"Bearer {token}", **(headers or {})}
+        async with session.request(method, f"{self.stack.gateway}{path}", json=body, headers=sent) as response:
             raw = await response.read()
             kind = response.content_type
             return Answer(response.status, raw, await response.json(content_type=None) if "json" in kind else None)
