@@ -11,7 +11,9 @@ from mainspring_kit.identity import current_context, current_principal, new_id
 from mainspring_kit.interceptors import ServicerContext
 
 from mainspring_state.core import pages
-from mainspring_state.core.inputs import is_expiry, read_input
+from mainspring_state.core.approvals import read_id
+from mainspring_state.core.creation import is_uuid
+from mainspring_state.core.inputs import approval_not_found, is_expiry, read_input
 from mainspring_state.core.privacy import public
 from mainspring_state.engine.root import Engine
 from mainspring_state.store.reads import FIRST_SESSIONS, RunFilter, SessionMark
@@ -73,7 +75,12 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
             yield response
 
     async def GetRun(self, request: state_pb2.GetRunRequest, context: ServicerContext) -> state_pb2.GetRunResponse:
-        return state_pb2.GetRunResponse(run=await self._engine.get_run(current_context(), request.run_id))
+        user = current_context()
+        run = await self._engine.get_run(user, request.run_id)
+        if not request.explain:
+            return state_pb2.GetRunResponse(run=run)
+        holds, executor_id = await self._engine.explain(user, run)
+        return state_pb2.GetRunResponse(run=run, holds=holds, executor_id=executor_id)
 
     async def ListRuns(
         self, request: state_pb2.ListRunsRequest, context: ServicerContext
@@ -81,7 +88,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
         size = request.page_size or PAGE_SIZE_DEFAULT
         runs = await self._engine.reads.list_runs(
             current_context(),
-            RunFilter(request.session_id, request.agent, list(request.states)),
+            RunFilter(request.session_id, request.agent, list(request.states), request.parent_run_id),
             before_run_id=pages.read_run_token(request.page_token),
             page_size=size + 1,
         )
@@ -155,3 +162,51 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
         sessions = await self._engine.reads.list_sessions(current_context(), before=mark, page_size=size + 1)
         token = pages.session_token(sessions[size - 1]) if len(sessions) > size else ""
         return state_pb2.ListSessionsResponse(sessions=sessions[:size], next_page_token=token)
+
+    async def GetApproval(
+        self, request: state_pb2.GetApprovalRequest, context: ServicerContext
+    ) -> state_pb2.GetApprovalResponse:
+        known = read_id(request.approval_id)
+        approval = None
+        if known is not None:
+            approval = await self._engine.oversight.get_approval(current_context(), known[0], seq=known[1])
+        if approval is None:
+            raise approval_not_found(request.approval_id)
+        return state_pb2.GetApprovalResponse(approval=approval)
+
+    async def ListApprovals(
+        self, request: state_pb2.ListApprovalsRequest, context: ServicerContext
+    ) -> state_pb2.ListApprovalsResponse:
+        size = request.page_size or PAGE_SIZE_DEFAULT
+        before = pages.read_approval_token(request.page_token)
+        run_id = request.run_id.lower()
+        if run_id and not is_uuid(run_id):
+            return state_pb2.ListApprovalsResponse()
+        approvals = await self._engine.oversight.list_approvals(
+            current_context(),
+            run_id=run_id,
+            is_open=not request.include_resolved,
+            before=before,
+            page_size=size + 1,
+        )
+        token = pages.approval_token(approvals[size - 1]) if len(approvals) > size else ""
+        return state_pb2.ListApprovalsResponse(approvals=approvals[:size], next_page_token=token)
+
+    async def ListRunMetrics(
+        self, request: state_pb2.ListRunMetricsRequest, context: ServicerContext
+    ) -> state_pb2.ListRunMetricsResponse:
+        size = request.page_size or PAGE_SIZE_DEFAULT
+        before_run_id = pages.read_run_token(request.page_token)
+        run_id = request.run_id.lower()
+        if run_id and not is_uuid(run_id):
+            return state_pb2.ListRunMetricsResponse()
+        metrics = await self._engine.oversight.list_metrics(
+            current_context(),
+            agent=request.agent,
+            run_id=run_id,
+            since_run_id=pages.first_run_id(request.since),
+            before_run_id=before_run_id,
+            page_size=size + 1,
+        )
+        token = metrics[size - 1].run_id if len(metrics) > size else ""
+        return state_pb2.ListRunMetricsResponse(metrics=metrics[:size], next_page_token=token)

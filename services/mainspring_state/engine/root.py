@@ -14,6 +14,7 @@ from mainspring_state.config import StateSettings
 from mainspring_state.core.append import ENDED_STATES
 from mainspring_state.core.backlog import Backlog
 from mainspring_state.core.drafts import Drafts
+from mainspring_state.core.holds import explain
 from mainspring_state.core.refusals import run_not_found
 from mainspring_state.engine.committer import Committer
 from mainspring_state.engine.executors import Executors, LeaseTimes
@@ -22,6 +23,7 @@ from mainspring_state.engine.hub import EndWaiter, Hub
 from mainspring_state.engine.presence import Presence
 from mainspring_state.engine.talk import Talk
 from mainspring_state.store.leases import Leases
+from mainspring_state.store.oversight import Oversight
 from mainspring_state.store.reads import Reads
 from mainspring_state.store.wire import Wire
 
@@ -34,6 +36,7 @@ class Engine:
     def __init__(self, settings: StateSettings, pool: postgres.Pool, *, wire: Wire) -> None:
         self.state_id = new_id()
         self.reads = Reads(pool)
+        self.oversight = Oversight(pool)
         drafts = Drafts(bytes_max=settings.draft_bytes_max)
         self._hub = Hub(runs_max=settings.tail_runs_max, bytes_max=settings.tail_bytes_max, drafts=drafts)
         leases = Leases(pool, self.state_id, lease_seconds=settings.lease_seconds)
@@ -166,6 +169,11 @@ class Engine:
         if run is None:
             raise run_not_found(run_id)
         return run
+
+    async def explain(self, user: UserExecutionContext, run: types_pb2.Run) -> tuple[list[types_pb2.Hold], str]:
+        """Why a run of the user does not go on, and the executor that holds it, if one does."""
+        known = await self.oversight.circumstances(user, run)
+        return explain(run, known, now=self._presence.now()), known.executor_id
 
     def _kick(self) -> None:
         self.executors.kick()

@@ -19,6 +19,79 @@ WHERE tenant_id = $1 AND user_id = $2 AND session_id = $7 AND run_id < $3 AND or
   AND ($4 = '' OR agent = $4) AND (cardinality($5::smallint[]) = 0 OR state = ANY ($5))
 ORDER BY run_id DESC LIMIT $6;
 
+-- list_sub_runs: a page of the sub-runs of one run of the user, newest first.
+SELECT * FROM state.runs
+WHERE tenant_id = $1 AND user_id = $2 AND parent_run_id = $7 AND run_id < $3 AND parent_run_id IS NOT NULL
+  AND ($4 = '' OR agent = $4) AND (cardinality($5::smallint[]) = 0 OR state = ANY ($5))
+ORDER BY run_id DESC LIMIT $6;
+
+-- circumstances: who holds a run of the user, and what is before it.
+SELECT * FROM state.circumstances($1, $2, $3);
+
+-- answer_as: of which roles the approvals of others are shown in this transaction.
+SELECT set_config('mainspring.answer_roles', $1, true);
+
+-- get_approval: one approval that the user may see.
+SELECT * FROM state.approvals WHERE tenant_id = $1 AND run_id = $2 AND seq = $3;
+
+-- list_approvals: a page of the approvals that the user may see, newest first: the user's own, and others' by role.
+SELECT * FROM (
+  (SELECT * FROM state.approvals
+   WHERE tenant_id = $1 AND user_id = $2 AND (create_time, run_id, seq) < ($3, $4, $5)
+   ORDER BY create_time DESC, run_id DESC, seq DESC LIMIT $6)
+  UNION ALL
+  (SELECT * FROM state.approvals
+   WHERE tenant_id = $1 AND role = 'operator' AND $7 AND user_id <> $2 AND (create_time, run_id, seq) < ($3, $4, $5)
+   ORDER BY create_time DESC, run_id DESC, seq DESC LIMIT $6)
+  UNION ALL
+  (SELECT * FROM state.approvals
+   WHERE tenant_id = $1 AND role = 'admin' AND $8 AND user_id <> $2 AND (create_time, run_id, seq) < ($3, $4, $5)
+   ORDER BY create_time DESC, run_id DESC, seq DESC LIMIT $6)
+) AS page ORDER BY create_time DESC, run_id DESC, seq DESC LIMIT $6;
+
+-- list_open_approvals: the same, of those that are not over.
+SELECT * FROM (
+  (SELECT * FROM state.approvals
+   WHERE tenant_id = $1 AND user_id = $2 AND decision = 0 AND (create_time, run_id, seq) < ($3, $4, $5)
+   ORDER BY create_time DESC, run_id DESC, seq DESC LIMIT $6)
+  UNION ALL
+  (SELECT * FROM state.approvals
+   WHERE tenant_id = $1 AND role = 'operator' AND $7 AND user_id <> $2 AND decision = 0
+     AND (create_time, run_id, seq) < ($3, $4, $5)
+   ORDER BY create_time DESC, run_id DESC, seq DESC LIMIT $6)
+  UNION ALL
+  (SELECT * FROM state.approvals
+   WHERE tenant_id = $1 AND role = 'admin' AND $8 AND user_id <> $2 AND decision = 0
+     AND (create_time, run_id, seq) < ($3, $4, $5)
+   ORDER BY create_time DESC, run_id DESC, seq DESC LIMIT $6)
+) AS page ORDER BY create_time DESC, run_id DESC, seq DESC LIMIT $6;
+
+-- list_approvals_of_run: a page of one run's approvals that the user may see, newest first.
+SELECT * FROM state.approvals
+WHERE tenant_id = $1 AND run_id = $2 AND (create_time, run_id, seq) < ($3, $4, $5) AND ($7 OR decision = 0)
+ORDER BY create_time DESC, run_id DESC, seq DESC LIMIT $6;
+
+-- list_run_metrics: a page of what the tenant's ended runs cost, newest first.
+SELECT * FROM state.run_metrics
+WHERE tenant_id = $1 AND run_id < $2 AND run_id >= $3 AND ($4 = '' OR agent = $4) ORDER BY run_id DESC LIMIT $5;
+
+-- get_run_metrics: what one ended run of the tenant cost.
+SELECT * FROM state.run_metrics
+WHERE tenant_id = $1 AND run_id = $2 AND run_id < $3 AND run_id >= $4 AND ($5 = '' OR agent = $5);
+
+-- open_approvals_of: the open approvals of one run that the user may see.
+SELECT * FROM state.approvals WHERE tenant_id = $1 AND run_id = $2 AND decision = 0 ORDER BY seq LIMIT $3;
+
+-- open_sub_runs: sub-runs of one run of the user that have not ended.
+SELECT run_id FROM state.runs
+WHERE tenant_id = $1 AND parent_run_id = $2 AND parent_run_id IS NOT NULL AND state < 5 ORDER BY run_id LIMIT $3;
+
+-- due_webhooks: takes ends that somebody has to be told of.
+SELECT url, credential, attempts, (run).* FROM state.due_webhooks($1, $2);
+
+-- settle_webhook: says what became of telling.
+SELECT state.settle_webhook($1, $2, $3, $4, $5);
+
 -- read_events: a page of a run's log, in order; it ends when so many bytes are reached.
 SELECT seq, event FROM (
   SELECT seq, event, sum(octet_length(event)) OVER (ORDER BY seq) - octet_length(event) AS bytes_before

@@ -27,6 +27,7 @@ class RunFilter:
     session_id: str = ""
     agent: str = ""
     states: Sequence[int] = ()
+    parent_run_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,13 @@ class Reads:
             page_size,
         ]
         statement = _SQL["list_runs"]
-        if wanted.session_id:
+        if wanted.parent_run_id:
+            parent_run_id = wanted.parent_run_id.lower()
+            if not is_uuid(parent_run_id):
+                return []
+            statement = _SQL["list_sub_runs"]
+            arguments.append(parent_run_id)
+        elif wanted.session_id:
             statement = _SQL["list_runs_of_session"]
             arguments.append(wanted.session_id)
         async with self._as(user) as connection:

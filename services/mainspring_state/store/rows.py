@@ -53,7 +53,7 @@ def to_run(row: Row) -> types_pb2.Run:
         end_time=to_timestamp(row["end_time"]),
         released_time=to_timestamp(row["released_time"]),
         deadline=to_timestamp(row["deadline"]),
-        stages=[types_pb2.Stage(**stage) for stage in orjson.loads(row["stages"] or "[]")],
+        stages=_stages(row),
         trace_id=row["trace_id"],
         epoch=row["epoch"],
         parent_run_id=str(row["parent_run_id"] or ""),
@@ -91,6 +91,57 @@ def to_input(row: Row) -> state_pb2.RunInput:
     return run_input
 
 
+def to_approval(row: Row) -> types_pb2.Approval:
+    """A row of `approvals`."""
+    run_id = str(row["run_id"])
+    return types_pb2.Approval(
+        approval_id=f"{run_id}.{row['seq']}",
+        run_id=run_id,
+        tenant_id=row["tenant_id"],
+        user_id=row["user_id"],
+        session_id=row["session_id"],
+        agent=row["agent"],
+        title=row["title"],
+        arguments=row["arguments"],
+        answer_schema=row["answer_schema"],
+        role=row["role"],
+        kind=row["kind"],
+        create_time=to_timestamp(row["create_time"]),
+        expires_time=to_timestamp(row["expires_time"]),
+        decision=row["decision"],
+        data=row["data"],
+        answered_by=row["answered_by"],
+        resolve_time=to_timestamp(row["resolve_time"]),
+    )
+
+
+def to_metrics(row: Row) -> types_pb2.RunMetrics:
+    """A row of `run_metrics`."""
+    return types_pb2.RunMetrics(
+        run_id=str(row["run_id"]),
+        agent=row["agent"],
+        agent_version=row["agent_version"],
+        state=row["state"],
+        error_reason=row["error_reason"],
+        end_time=to_timestamp(row["end_time"]),
+        duration_ms=row["duration_ms"],
+        queue_ms=row["queue_ms"],
+        stages=_stages(row),
+        model_calls=row["model_calls"],
+        tool_calls=row["tool_calls"],
+        tool_errors=row["tool_errors"],
+        cache_hits=row["cache_hits"],
+        retries=row["retries"],
+        recoveries=row["recoveries"],
+        usage=types_pb2.Usage(
+            input_tokens=row["input_tokens"], output_tokens=row["output_tokens"], cost_usd=row["cost_usd"]
+        ),
+        trace_id=row["trace_id"],
+        user_id=row["user_id"],
+        waiting_ms=row["waiting_ms"],
+    )
+
+
 def to_event(event: bytes) -> events_pb2.RunEvent:
     """The event of a row of `events`."""
     return events_pb2.RunEvent.FromString(event)
@@ -106,6 +157,10 @@ def storable() -> Iterator[None]:
         raise MainspringError(
             Reason.REQUEST_INVALID, f"A value of the request cannot be stored: {detail}: correct it.", field=""
         ) from error
+
+
+def _stages(row: Row) -> list[types_pb2.Stage]:
+    return [types_pb2.Stage(**stage) for stage in orjson.loads(row["stages"] or "[]")]
 
 
 def _of_json(text: str | None, message: type[Any]) -> Any:

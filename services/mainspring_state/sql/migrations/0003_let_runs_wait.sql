@@ -767,6 +767,82 @@ BEGIN
 END
 $body$;
 
+-- Why a run of the user does not go on: who holds it, whether that executor and others beat, from when on it is
+-- claimable, and the runs before it in its session's line, the first ten and how many. No row: there is no such run.
+CREATE FUNCTION state.circumstances(a_tenant_id text, a_user_id text, a_run_id uuid)
+RETURNS TABLE (
+  holder text, is_alive boolean, alive_count bigint, due_time timestamptz, before uuid[], before_count bigint)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $body$
+DECLARE
+  run state.runs;
+BEGIN
+  SELECT * INTO run FROM state.runs r
+  WHERE r.tenant_id = a_tenant_id AND r.run_id = a_run_id AND r.user_id = a_user_id;
+  IF NOT FOUND THEN
+    RETURN;
+  END IF;
+  SELECT l.executor_id INTO holder FROM state.leases l WHERE l.tenant_id = a_tenant_id AND l.run_id = a_run_id;
+  SELECT count(DISTINCT e.executor_id), coalesce(bool_or(e.executor_id = holder), false) INTO alive_count, is_alive
+  FROM state.executors e WHERE e.beat_time + make_interval(secs => e.lease_seconds) > clock_timestamp();
+  SELECT d.due_time INTO due_time FROM state.ready d WHERE d.tenant_id = a_tenant_id AND d.run_id = a_run_id;
+  IF run.state = 1 THEN
+    SELECT array_agg(line.run_id ORDER BY line.ordinal) FILTER (WHERE line.place <= 10), count(*)
+    INTO before, before_count
+    FROM (
+      SELECT ahead.run_id, ahead.ordinal, row_number() OVER (ORDER BY ahead.ordinal) AS place
+      FROM (
+        SELECT s.head_run_id AS run_id, 0 AS ordinal FROM state.sessions s
+        WHERE s.tenant_id = run.tenant_id AND s.user_id = run.user_id AND s.session_id = run.session_id
+          AND s.head_run_id <> run.run_id
+        UNION ALL
+        SELECT q.run_id, q.ordinal FROM state.queued q
+        WHERE q.tenant_id = run.tenant_id AND q.user_id = run.user_id AND q.session_id = run.session_id
+          AND q.ordinal < run.ordinal
+      ) AS ahead
+    ) AS line;
+  END IF;
+  RETURN NEXT;
+END
+$body$;
+
+-- Takes ends that somebody has to be told of, with their runs; nobody else gets them for hold_seconds, in which the
+-- taker settles them.
+CREATE FUNCTION state.due_webhooks(item_max integer, hold_seconds double precision)
+RETURNS TABLE (url text, credential text, attempts integer, run state.runs)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $body$
+DECLARE
+  entry record;
+BEGIN
+  FOR entry IN
+    SELECT w.tenant_id, w.run_id, w.url, w.credential, w.attempts FROM state.webhooks w
+    WHERE w.due_time <= now() ORDER BY w.due_time LIMIT item_max FOR UPDATE SKIP LOCKED
+  LOOP
+    UPDATE state.webhooks w SET due_time = now() + make_interval(secs => hold_seconds), attempts = w.attempts + 1
+    WHERE w.tenant_id = entry.tenant_id AND w.run_id = entry.run_id;
+    SELECT * INTO run FROM state.runs r WHERE r.tenant_id = entry.tenant_id AND r.run_id = entry.run_id;
+    url := entry.url;
+    credential := entry.credential;
+    attempts := entry.attempts + 1;
+    RETURN NEXT;
+  END LOOP;
+END
+$body$;
+
+-- Says what became of telling: done (the row goes), or what went wrong and when it is tried again (null: never).
+CREATE FUNCTION state.settle_webhook(
+  a_tenant_id text, a_run_id uuid, is_done boolean, next_due timestamptz, error text
+) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $body$
+BEGIN
+  IF is_done THEN
+    DELETE FROM state.webhooks w WHERE w.tenant_id = a_tenant_id AND w.run_id = a_run_id;
+  ELSE
+    UPDATE state.webhooks w SET due_time = next_due, last_error = error
+    WHERE w.tenant_id = a_tenant_id AND w.run_id = a_run_id;
+  END IF;
+END
+$body$;
+
 DO $functions$
 DECLARE
   signature regprocedure;
@@ -775,11 +851,12 @@ BEGIN
   ALTER VIEW state.run_metrics OWNER TO mainspring_state_engine;
   FOR signature IN
     SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'state'::regnamespace
-      AND p.proname IN ('wakes', 'sub_run_ended', 'append_batch', 'take', 'claim_runs', 'ask')
+      AND p.proname IN ('wakes', 'sub_run_ended', 'append_batch', 'take', 'claim_runs', 'ask', 'circumstances',
+        'due_webhooks', 'settle_webhook')
   LOOP
     EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', signature);
     EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO mainspring_state_engine', signature);
-    IF signature::text SIMILAR TO 'state.(append_batch|claim_runs|ask)\(%' THEN
+    IF signature::text NOT SIMILAR TO 'state.(wakes|sub_run_ended|take)\(%' THEN
       EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO mainspring_state', signature);
     END IF;
     EXECUTE format('ALTER FUNCTION %s OWNER TO mainspring_state_engine', signature);
