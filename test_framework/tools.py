@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,31 @@ async def gate(folder: str, context: ToolContext) -> dict[str, Any]:
     """Waits at the gate in the folder until it is open; has its effect once per call id."""
     made_effect = await Gate(Path(folder)).pass_through(context.call_id)
     return {"call_id": context.call_id, "made_effect": made_effect}
+
+
+@tool(name="probe.stall", effect="pure", timeout=HELD_SECONDS_MAX)
+async def stall(seconds: float, context: ToolContext, *, attempts: int = 1) -> dict[str, int]:
+    """Takes its time at the first attempts, and none at the next.
+
+    Args:
+        seconds: How long.
+        attempts: At so many of them.
+    """
+    if context.attempt <= attempts:
+        await asyncio.sleep(seconds)
+    return {"attempt": context.attempt}
+
+
+@tool(name="probe.hold", effect="pure", timeout=HELD_SECONDS_MAX)
+async def hold(folder: str, context: ToolContext) -> None:
+    """Holds on until it is told to stop, and leaves a file in the folder that says so.
+
+    Args:
+        folder: Where.
+    """
+    (Path(folder) / f"{context.call_id}.begun").touch()
+    try:
+        await asyncio.sleep(HELD_SECONDS_MAX)
+    except asyncio.CancelledError:
+        (Path(folder) / f"{context.call_id}.stopped").touch()
+        raise

@@ -25,12 +25,10 @@ def error(code: str = "UNAVAILABLE", reason: str = "TOOL_FAILED", **metadata: st
     return types_pb2.RunError(code=code, reason=reason, metadata=metadata)
 
 
-# Any: fields of Failure, and what is left.
-def wait(
-    code: str = "UNAVAILABLE", *, reason: str = "TOOL_FAILED", metadata: Any = None, **changes: Any
-) -> float | None:
+# Any: fields of Failure and arguments of decide_retry; what pytest.approx makes has no type that it would tell.
+def wait(code: str = "UNAVAILABLE", *, reason: str = "TOOL_FAILED", metadata: Any = None, **changes: Any) -> Any:
     """Seconds until the next attempt, the dice showing 1; None: there is none."""
-    left = {"retries_left": 20, "chance": 1.0, "now": NOW, "deadline": math.inf}
+    left: dict[str, Any] = {"retries_left": 20, "chance": 1.0, "now": NOW, "deadline": math.inf}
     left |= {name: changes.pop(name) for name in list(changes) if name in left}
     policies = changes.pop("policies", {})
     failure = Failure(error(code, reason, **(metadata or {})), **{"attempt": 1, "effect": PURE, **changes})
