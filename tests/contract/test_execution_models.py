@@ -231,3 +231,19 @@ async def test_a_missing_key_is_told_by_its_name(ann: Caller, server: ModelServe
     assert (run.error.code, run.error.reason) == ("FAILED_PRECONDITION", "CREDENTIAL_MISSING")
     assert run.error.metadata["credential"] == "not-there"
     assert not server.asked
+
+
+async def test_a_model_sees_its_thinking_again_when_its_run_is_taken_up_from_the_log(
+    ann: Caller, server: ModelServer
+) -> None:
+    agent = await register(ann, server, "anthropic", tools=["run.sleep"])
+    calls = [("run__sleep", '{"seconds": 2.2}')]
+    server.script(Reply(anthropic_frames(["A nap."], calls, thinking="Hm.")), Reply(anthropic_frames(["Up."])))
+    run = await ann.run(agent)
+    events = await ann.log(run.run_id)
+    assert run.result == b'"Up."'
+    assert "agent_waiting" in names(events)
+    assert not any(event.agent_thinking.provider_state for event in events)
+    _, said, told = server.asked[-1].body["messages"]
+    assert said["content"][0] == {"type": "thinking", "thinking": "Hm.", "signature": "sig+/=="}
+    assert told["content"][0]["tool_use_id"] == said["content"][2]["id"]

@@ -16,6 +16,7 @@ from mainspring_execution.models import Model, make_model
 from mainspring_execution.models.clients import Clients
 from mainspring_execution.models.conversing import Shop
 from mainspring_execution.models.credentials import Credentials
+from mainspring_execution.models.endpoint import Endpoint
 from mainspring_execution.models.prices import load_prices
 from mainspring_kit.errors import MainspringError
 
@@ -29,6 +30,7 @@ ECHO = types_pb2.Tool(
     name="diagnostics.echo", description="Gives back what it gets.", input_schema=b'{"type":"object"}'
 )
 NAMES = {"openai": "gpt-4o-mini", "anthropic": "claude-haiku-4-5"}
+ENDPOINT = Endpoint("openai", "m", "http://127.0.0.1:9", "", None, None, False, {})
 # Any: JSON values of specifications and requests.
 
 
@@ -318,7 +320,7 @@ async def test_a_turn_may_ask_a_fallback(provider: str, server: ModelServer, sho
 
 
 async def test_what_came_from_the_cache_costs_less(provider: str, server: ModelServer, shop: Shop) -> None:
-    usage: dict[str, Any] = {
+    told_by: dict[str, dict[str, Any]] = {
         "openai": {
             "prompt_tokens": 1_000,
             "completion_tokens": 10,
@@ -326,8 +328,8 @@ async def test_what_came_from_the_cache_costs_less(provider: str, server: ModelS
             "prompt_tokens_details": {"cached_tokens": 900},
         },
         "anthropic": {"input_tokens": 100, "cache_read_input_tokens": 800, "cache_creation_input_tokens": 100},
-    }[provider]
-    server.script(Reply(FRAMES[provider](["Hi."], usage=usage)))
+    }
+    server.script(Reply(FRAMES[provider](["Hi."], usage=told_by[provider])))
     told = (await made(provider, server, shop).think(turn(), unheard)).usage
     assert (told.input_tokens, told.output_tokens) == (1_000, 10)
     expected = {
@@ -344,3 +346,20 @@ async def test_without_a_key_the_providers_own_address_is_not_asked(provider: st
     server.script(Reply(FRAMES[provider](["Hi."])))
     assert (await made(provider, server, poor).think(turn(), unheard)).text == "Hi."
     await poor.aclose()
+
+
+async def test_clients_are_shared_and_the_one_not_used_for_longest_is_closed() -> None:
+    clients = Clients(clients_max=2)
+    first, second, third = (ENDPOINT, "key-1"), (ENDPOINT, "key-2"), (ENDPOINT, "key-3")
+    async with clients.use(*first) as (busy, _):
+        async with clients.use(*first) as (same, _):
+            assert same is busy
+        async with clients.use(*second) as (other, _), clients.use(*third):
+            assert not busy.is_closed()  # it is dropped, and still used
+            assert not other.is_closed()
+    assert busy.is_closed()
+    async with clients.use(*first) as (new, _):
+        assert new is not busy
+    assert other.is_closed()
+    await clients.close()
+    assert new.is_closed()

@@ -34,7 +34,8 @@ class _Kept:
 class Clients:
     """Opens clients as they are needed and closes those that were not used for longest; `close` closes all."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, clients_max: int = CLIENTS_MAX) -> None:
+        self._clients_max = clients_max
         self._kept: OrderedDict[tuple[str, str, bytes], _Kept] = OrderedDict()
 
     @asynccontextmanager
@@ -48,7 +49,7 @@ class Clients:
         self._kept.move_to_end(address)
         kept.users += 1
         try:
-            while len(self._kept) > CLIENTS_MAX:
+            while len(self._kept) > self._clients_max:
                 await self._drop(next(iter(self._kept)))
             yield kept.client, sdk
         finally:
