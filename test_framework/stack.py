@@ -99,6 +99,22 @@ class Stack:
         finally:
             await client.aclose()
 
+    async def redis_keys(self, text: str) -> list[str]:
+        """The keys in Redis whose name holds a text."""
+        client = redis.asyncio.Redis.from_url(self._running.redis_url)
+        try:
+            return [key.decode() async for key in client.scan_iter(match=f"*{text}*", count=1_000)]
+        finally:
+            await client.aclose()
+
+    def cpu_seconds(self, *names: str) -> float:
+        """What processes have used so far, by Linux's own count."""
+        ticks = 0
+        for pid in (pid for name in names for pid in self.pids[name]):
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def log_text(self, name: str, index: int = 0) -> str:
         """What a process has logged so far."""
         return self._running.log(name, index).read_text(encoding="utf-8", errors="replace")
