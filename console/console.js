@@ -1,4 +1,7 @@
-// The run list, and one run's events live. All text is inserted as text; the token lives in this tab only.
+// The run list, open approvals, and one run's events live. All text is inserted as text; the token lives in this tab only.
+
+import { showApprovals } from "/console/approvals.js";
+import { Speech } from "/console/speech.js";
 
 const KEY = "mainspring.token";
 const REFRESH_MS = 2000;
@@ -10,7 +13,9 @@ const TERMINAL = new Set(["agent_completed", "agent_failed", "agent_cancelled", 
 const FINAL_CODES = new Set([4400, 4401, 4403, 4406]);
 
 const at = (id) => document.getElementById(id);
-const state = { pages: 1, refreshing: 0, openRun: "", lastSeq: 0, ended: false, socket: null, reconnect: 0, delay: RECONNECT_MS_MIN };
+// `seqs`: the last seq shown of the open run and of each run below it that has not ended.
+const state = { pages: 1, refreshing: 0, openRun: "", seqs: new Map(), ended: false, socket: null, reconnect: 0, delay: RECONNECT_MS_MIN };
+const speech = new Speech();
 
 function token() { return sessionStorage.getItem(KEY); }
 
@@ -29,7 +34,7 @@ function signOut(reason) {
   clearTimeout(state.refreshing);
   closeRun();
   at("run-rows").replaceChildren();
-  for (const id of ["runs", "run", "forget"]) at(id).hidden = true;
+  for (const id of ["runs", "run", "approvals", "forget"]) at(id).hidden = true;
   at("credential").hidden = false;
   showConnection("");
   showFault(reason);
@@ -45,14 +50,29 @@ function signIn() {
 
 // Runs.
 
-async function readPage(pageToken) {
+async function ask(path, body) {
+  const headers = { Authorization: `Bearer ${token()}`, ...(body && { "Content-Type": "application/json" }) };
+  const answer = await fetch(path, { headers, method: body ? "POST" : "GET", body: body && JSON.stringify(body) });
+  const said = await answer.json();
+  if (answer.status === 401) { signOut(said.detail); return null; }
+  if (!answer.ok) throw new Error(said.detail);
+  return said;
+}
+
+function readPage(pageToken) {
   const query = new URLSearchParams({ page_size: String(PAGE_SIZE) });
   if (pageToken) query.set("page_token", pageToken);
-  const answer = await fetch(`/v1/runs?${query}`, { headers: { Authorization: `Bearer ${token()}` } });
-  const body = await answer.json();
-  if (answer.status === 401) { signOut(body.detail); return null; }
-  if (!answer.ok) throw new Error(body.detail);
-  return body;
+  return ask(`/v1/runs?${query}`);
+}
+
+async function refreshApprovals() {
+  const body = await ask("/v1/approvals");
+  if (body) showApprovals(body.approvals, { answer, open: openRun });
+}
+
+async function answer(approvalId, body) {
+  await ask(`/v1/approvals/${approvalId}:resolve`, body);
+  await refresh();
 }
 
 async function refresh() {
@@ -68,6 +88,7 @@ async function refresh() {
       if (!next) break;
     }
     showRuns(runs, Boolean(next));
+    await refreshApprovals();
     showConnection("Live");
     showFault("");
   } catch (error) {
@@ -112,8 +133,9 @@ function duration(ms) { return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 100
 
 function openRun(runId, agent) {
   closeRun();
-  Object.assign(state, { openRun: runId, lastSeq: 0, ended: false });
+  Object.assign(state, { openRun: runId, seqs: new Map([[runId, 0]]), ended: false });
   at("events").replaceChildren();
+  showSpeech(null);
   at("run").hidden = false;
   at("run-title").textContent = `${agent} · ${runId}`;
   at("run-title").focus();
@@ -124,6 +146,7 @@ function openRun(runId, agent) {
 function closeRun() {
   clearTimeout(state.reconnect);
   const socket = state.socket;
+  speech.clear();
   Object.assign(state, { socket: null, openRun: "", delay: RECONNECT_MS_MIN });
   if (socket) socket.close(1000);
 }
@@ -149,26 +172,58 @@ function reconnect(event) {
 function receive(frame) {
   if (frame.op === "welcome") {
     state.delay = RECONNECT_MS_MIN;
-    state.socket.send(JSON.stringify({ op: "follow", id: "open", run_id: state.openRun, after_seq: state.lastSeq }));
-    at("run-state").textContent = "Live";
-  } else if (frame.op === "error") {
-    at("run-state").textContent = `${frame.reason}: ${frame.message}`;
-  } else if (frame.op === "event" && frame.run_id === state.openRun && frame.seq > state.lastSeq) {
-    state.lastSeq = frame.seq;
-    showEvent(frame);
-    if (TERMINAL.has(frame.type)) {
-      state.ended = true;
-      at("run-state").textContent = `Ended: ${frame.type.replace("agent_", "").replace("_", " ")}`;
-      state.socket.close(1000);
-      refresh();
+    for (const [runId, seq] of state.seqs) {
+      state.socket.send(JSON.stringify({ op: "follow", id: runId, run_id: runId, after_seq: seq }));
     }
+    at("run-state").textContent = "Live";
+  } else if (frame.op === "error" && frame.id === state.openRun) {
+    at("run-state").textContent = `${frame.reason}: ${frame.message}`;
+  } else if (frame.op === "delta") {
+    if (speech.take(frame)) showSpeech(frame);
+  } else if (frame.op === "event" && frame.seq > (state.seqs.get(frame.run_id) ?? Infinity)) {
+    takeEvent(frame);
   }
+}
+
+function takeEvent(frame) {
+  state.seqs.set(frame.run_id, frame.seq);
+  // The gateway follows a run that is announced by itself; after a break it is followed from here.
+  if (frame.data.sub_run_id) state.seqs.set(frame.data.sub_run_id, 0);
+  speech.endWith(frame);
+  showSpeech(null);
+  showEvent(frame);
+  if (frame.type === "approval_requested" || frame.type === "approval_resolved") refresh();
+  if (TERMINAL.has(frame.type) && frame.run_id !== state.openRun) state.seqs.delete(frame.run_id);
+  if (frame.run_id !== state.openRun) return;
+  at("run-state").textContent = standing(frame);
+  if (TERMINAL.has(frame.type)) {
+    state.ended = true;
+    state.socket.close(1000);
+    refresh();
+  }
+}
+
+// Where the run stands after an event of its own.
+function standing({ type, data }) {
+  if (TERMINAL.has(type)) return `Ended: ${type.replace("agent_", "").replace("_", " ")}`;
+  if (type === "agent_paused") return `Paused by ${data.requested_by}`;
+  if (type !== "agent_waiting") return "Live";
+  const until = data.until ? `, until ${new Date(data.until).toLocaleString()} at most` : "";
+  return `Waiting for ${data.detail || data.for}${until}`;
+}
+
+function showSpeech(delta) {
+  at("speech").hidden = !speech.text;
+  at("speech").textContent = speech.text;
+  if (delta) at("speech").scrollTop = at("speech").scrollHeight;
 }
 
 function showEvent(frame) {
   const row = at("event-row").content.firstElementChild.cloneNode(true);
+  const isBelow = frame.run_id !== state.openRun;
+  row.classList.toggle("below", isBelow);
   row.querySelector(".seq").textContent = frame.seq;
-  row.querySelector(".type").textContent = frame.type;
+  row.querySelector(".type").textContent = isBelow ? `${frame.agent} · ${frame.type}` : frame.type;
   row.querySelector(".gist").textContent = gist(frame.data);
   row.querySelector("time").textContent = new Date(frame.event_time).toLocaleTimeString();
   row.querySelector("time").dateTime = frame.event_time;
@@ -177,7 +232,11 @@ function showEvent(frame) {
 }
 
 function gist(data) {
-  const parts = [data.tool, data.status, data.text, data.error?.message];
+  const handedOff = data.from && data.to && `${data.from} → ${data.to}`;
+  const parts = [
+    data.tool, data.status, data.text, data.title, data.decision, data.name, handedOff, data.detail, data.reason,
+    data.error?.message, data.by && `by ${data.by}`, data.requested_by && `by ${data.requested_by}`,
+  ];
   if (data.duration_ms) parts.push(duration(data.duration_ms));
   return parts.filter(Boolean).join(" · ");
 }
