@@ -62,23 +62,22 @@ class Claims:
     async def _take_over(self, claimed: state_pb2.ClaimedRun) -> None:
         """Takes a claimed run up where its log ends, again and again if that fails: the run is nobody else's now."""
         self._claimed += 1
-        lapses = self._around.lease.lapses
         try:
-            while not await self._try_to_drive(claimed, lapses):
+            while not await self._try_to_drive(claimed):
                 raise_if_cancelled()
                 await asyncio.sleep(FAULT_SECONDS * random.uniform(0.5, 1.0))
         finally:
             self._claimed -= 1
 
-    async def _try_to_drive(self, claimed: state_pb2.ClaimedRun, lapses: int) -> bool:
+    async def _try_to_drive(self, claimed: state_pb2.ClaimedRun) -> bool:
         try:
-            await self._drive(claimed, lapses)
+            await self._drive(claimed)
         except Exception as fault:  # a fault of ours in one run must not end the others
             telemetry.logger().error("takeover_faulted", run_id=claimed.run.run_id, exc_info=fault)
             return False
         return True
 
-    async def _drive(self, claimed: state_pb2.ClaimedRun, lapses: int) -> None:
+    async def _drive(self, claimed: state_pb2.ClaimedRun) -> None:
         arrived = time.perf_counter()
         run = claimed.run
         context = UserExecutionContext(
@@ -99,7 +98,7 @@ class Claims:
             run=run,
             state_id=self._around.state.appends.pick_instance(),
             arrived=arrived,
-            lapses=lapses,
+            lapses=self._around.lease.lapses,
         )
         drive.resume(log)
         if log:

@@ -204,9 +204,10 @@ class Drive:
         elif isinstance(decision, Fail):
             await self._ending.failed(decision.error)
         else:
-            self._begin()
+            await self._begin()
 
-    def _begin(self) -> None:
+    async def _begin(self) -> None:
+        """Begins a claimed run. The claim may be old: only that the first event is taken says that it still holds."""
         run = self._run
         started = events_pb2.AgentStarted(
             agent_version=run.agent_version, input=run.input, ordinal=run.ordinal, attempt=1
@@ -214,6 +215,7 @@ class Drive:
         self._journal.record(agent_started=started)
         self._journal.flush()
         self._ending.begin()
+        await self._wait_durable()
 
     async def _refuse_to_run(self) -> None:
         """Fails a run that cannot go on whatever its log says."""

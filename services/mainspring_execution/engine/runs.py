@@ -242,8 +242,8 @@ def make_drive(
 ) -> Drive:
     """A drive with its parts. `agent`: an error is what the run fails with.
 
-    `arrived`: when the start or the claim came, on the clock of perf_counter. `lapses`: of the lease, at that time;
-    where it has lapsed since, the first effect has to ask whose the run is.
+    `arrived`: when the start or the claim came, on the clock of perf_counter. `lapses`: of the lease, before the run's
+    first append of this epoch was or is sent; where it has lapsed since, the first effect has to ask whose the run is.
     """
     attention = Attention()
     journal = Journal(
