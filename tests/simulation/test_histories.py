@@ -39,7 +39,7 @@ def test_histories_that_once_found_a_fault(seed: str) -> None:
     # 1003328: an executor that had stood still asked a model again for a run that was another's by then.
     # 1248, 4383: a queued run that was handed over late was begun, and its model asked, by who no longer held it.
     # 5278: a watcher of a run whose start had no answer in time was forgotten with that start.
-    # 1007346: the database failed just when what another state process had told was missed and to be read: it never was.
+    # 1007346: what another state process had told was missed, and the log not read as the database was away just then.
     code, output = run_simulation(seed, timeout_seconds=60)
     assert code == 0, output
 
