@@ -189,14 +189,14 @@ class Executor:
         self.runs.start(execution_pb2.StartItem(item_id=1, context=context.to_message(), start=start), answers.append)
         return answers
 
-    def hand_over(self) -> None:
-        """A run whose turn has come is claimed for this executor."""
+    def hand_over(self, *epochs: int) -> None:
+        """A run whose turn has come is claimed for this executor; the claims arrive in this order."""
         run = types_pb2.Run(
             run_id=new_id(), tenant_id="acme", user_id="ann", session_id="talk", agent="endless", agent_version="1"
         )
-        run.state, run.epoch, run.input = types_pb2.RUN_STATE_RUNNING, 2, b"{}"
-        self.state.epoch = 2
-        self.state.claims.append(pb.ClaimedRun(run=run))
+        run.state, run.input = types_pb2.RUN_STATE_RUNNING, b"{}"
+        for run.epoch in epochs:
+            self.state.claims.append(pb.ClaimedRun(run=run))
 
     async def is_left(self) -> None:
         """Until no run is under way here any more."""
@@ -230,7 +230,7 @@ async def executing() -> AsyncIterator[Executor]:
 async def test_a_claimed_run_is_begun_by_an_event_that_is_taken_and_by_nothing_else() -> None:
     async with executing() as at:
         at.state.holds = lambda _: True
-        at.hand_over()
+        at.hand_over(2)
         await wait_until(lambda: at.state.held == 1)
         at.state.verdicts = [MainspringError(Reason.APPEND_STALE, "Not yours.", run_id="r", expected_seq=0)]
         at.state.epoch = 3
@@ -244,7 +244,7 @@ async def test_a_lapse_while_the_first_append_is_under_way_makes_the_executor_as
     async with executing() as at:
         at.state.holds = lambda _: True
         if is_claimed:
-            at.hand_over()
+            at.hand_over(2)
         else:
             at.start()
         await wait_until(lambda: at.state.held == 1)
@@ -254,6 +254,15 @@ async def test_a_lapse_while_the_first_append_is_under_way_makes_the_executor_as
         await at.is_left()
         assert at.state.asked
         assert at.model.steps == []
+
+
+async def test_an_older_claim_that_comes_late_does_not_take_the_run_from_the_newer_one() -> None:
+    async with executing() as at:
+        at.hand_over(3, 2)
+        await wait_until(lambda: at.state.seen)
+        await at.is_left()
+        assert at.state.seen[-1].events[-1].HasField("agent_failed"), "it has no more steps"
+        assert {append.epoch for append in at.state.seen} == {3}
 
 
 async def test_the_lease_is_looked_at_after_the_wait_for_appends_that_are_behind() -> None:

@@ -82,6 +82,8 @@ class Drive:
         lapses: int,
     ) -> None:
         self.attention = attention
+        self.run_id = run.run_id
+        self.epoch = run.epoch
         self._around = surroundings
         self._context = context
         self._agent = agent if isinstance(agent, PreparedAgent) else None
@@ -94,16 +96,11 @@ class Drive:
         self._lapses = lapses
         self._mends = 0
 
-    @property
-    def run_id(self) -> str:
-        """The run."""
-        return self._run.run_id
-
     def summary(self) -> dict[str, object]:
         """What the log line of the run's end says."""
         progress = self._journal.progress
         return {
-            "run_id": self._run.run_id,
+            "run_id": self.run_id,
             "agent": self._run.agent,
             "last_event": progress.last_event,
             "seq": progress.seq,

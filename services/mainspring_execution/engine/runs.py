@@ -77,9 +77,13 @@ class Runs:
         self._tasks.create_task(driving).add_done_callback(self._leave)
 
     async def drive(self, drive: Drive) -> None:
-        """Drives a run to its end here; a former drive of the same run is given up."""
+        """Drives a run to its end here; of two drives of the same run the one of the older epoch is given up."""
         run_id = drive.run_id
         former = self._drives.get(run_id)
+        if former is not None and former.epoch > drive.epoch:
+            # A claim or a create that was late on its way.
+            drive.attention.abandon()
+            return
         if former is not None:
             former.attention.abandon()
         self._drives[run_id] = drive
