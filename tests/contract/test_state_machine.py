@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 import grpc
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule, run_state_machine_as_test
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
@@ -362,13 +362,20 @@ class StateMachine(RuleBasedStateMachine):
             claimer.executor_id, CREDIT, EARLY, claimer.state_id, LEASE_SECONDS, STALLED_MAX, PAGE_MAX
         )
 
-    @rule(append=appends, dead=st.sampled_from(EXECUTORS), kind=st.sampled_from(["recovered", "recovered", *KINDS]))
-    def take_over(self, append: state_pb2.Append, dead: int, kind: str) -> None:
-        """All that an executor held goes to the other one, which goes on with one run."""
-        self.beat(1 - dead)
-        self.lose(dead)
-        self.claim(1 - dead)
-        sender = self._session.executors[1 - dead]
+    @rule(
+        append=appends,
+        dead=st.sampled_from(EXECUTORS),
+        times=st.sampled_from([1, 1, 1, STALLED_MAX, STALLED_MAX + 1]),
+        kind=st.sampled_from(["recovered", "recovered", *KINDS]),
+    )
+    def take_over(self, append: state_pb2.Append, dead: int, times: int, kind: str) -> None:
+        """All that an executor held goes to the other one, maybe to and fro; the last one goes on with one run."""
+        for number in range(times):
+            loser = (dead + number) % 2
+            self.beat(1 - loser)
+            self.lose(loser)
+            self.claim(1 - loser)
+        sender = self._session.executors[1 - loser]
         self._send(sender, [self._next(sender, append, [kind])])
 
     def _poison(self, run: dict[str, Any]) -> None:
@@ -442,6 +449,8 @@ def drive(bench: Bench, *, examples: int, steps: int) -> None:
             deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
+            # What fails, fails at once: to shrink a history takes minutes.
+            phases=[Phase.generate],
             report_multiple_bugs=False,
         ),
     )
