@@ -76,10 +76,11 @@ def cancelled() -> events_pb2.RunEvent:
 class Executor:
     """One Append stream and what is waiting for an answer on it."""
 
-    def __init__(self, stub: Any, identities: Identities) -> None:
+    def __init__(self, stub: Any, identities: Identities, *, timeout: float = TIMEOUT) -> None:
         self.executor_id = unique("executor")
         self.state_id = ""
-        self._call = stub.Append(metadata=identities.service_metadata(), timeout=TIMEOUT)
+        self.greeted = asyncio.Event()
+        self._call = stub.Append(metadata=identities.service_metadata(), timeout=timeout)
         self._waiting: dict[int, asyncio.Future[state_pb2.AppendResult]] = {}
         self._last_item_id = 0
         self._writing = asyncio.Lock()
@@ -88,6 +89,7 @@ class Executor:
         """Resolves answers as they come."""
         while (response := await self._call.read()) is not grpc.aio.EOF:
             self.state_id = response.state_id or self.state_id
+            self.greeted.set()
             for result in response.results:
                 self._waiting.pop(result.item_id).set_result(result)
 
@@ -156,9 +158,9 @@ class Executor:
 
 
 @asynccontextmanager
-async def executing(stub: Any, identities: Identities) -> AsyncIterator[Executor]:
+async def executing(stub: Any, identities: Identities, *, timeout: float = TIMEOUT) -> AsyncIterator[Executor]:
     """An executor's Append stream while the block runs."""
-    executor = Executor(stub, identities)
+    executor = Executor(stub, identities, timeout=timeout)
     reader = asyncio.ensure_future(executor.read())
     try:
         yield executor
@@ -172,10 +174,10 @@ async def executing(stub: Any, identities: Identities) -> AsyncIterator[Executor
 class Watcher:
     """One Follow stream and what came down it."""
 
-    def __init__(self, stub: Any, metadata: Any) -> None:
+    def __init__(self, stub: Any, metadata: Any, *, timeout: float = TIMEOUT) -> None:
         self.state_id = ""
         self.deliveries: list[state_pb2.Delivery] = []
-        self._call = stub.Follow(metadata=metadata, timeout=TIMEOUT)
+        self._call = stub.Follow(metadata=metadata, timeout=timeout)
 
     async def ask(self, **fields: Any) -> None:
         """Sends a FollowRequest."""

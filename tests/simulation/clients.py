@@ -210,12 +210,13 @@ class Onlooker:
         stub = self._world.network.state_stub(address)
         call: Any = stub.Follow(metadata=as_user(self._user), timeout=None)
         expected: dict[int, int] = {}
-        asked: dict[int, Client] = {}
+        # The runs as they are asked for: a client that starts again may have another one soon.
+        asked: dict[int, tuple[str, str]] = {}
         subscribes = []
         for client in clients:
             number = len(asked) + 1
             after_seq = self._world.rng.randint(0, len(self._world.checker.log(client.key)))
-            asked[number] = client
+            asked[number] = client.key
             expected[number] = after_seq
             subscribes.append(state_pb2.Subscribe(subscription_id=number, run_id=client.run_id, after_seq=after_seq))
         try:
@@ -229,10 +230,15 @@ class Onlooker:
             call.cancel()
 
     def _take(
-        self, delivery: state_pb2.Delivery, asked: dict[int, Client], *, expected: dict[int, int], live: set[int]
+        self,
+        delivery: state_pb2.Delivery,
+        asked: dict[int, tuple[str, str]],
+        *,
+        expected: dict[int, int],
+        live: set[int],
     ) -> None:
         checker = self._world.checker
-        numbers = [number for number, client in asked.items() if client.run_id == delivery.run_id]
+        numbers = [number for number, (_, run_id) in asked.items() if run_id == delivery.run_id]
         if delivery.events:
             owner = (delivery.tenant_id, delivery.user_id)
             mine = (self._user.tenant_id, self._user.user_id)
@@ -247,7 +253,7 @@ class Onlooker:
                 checker.expect(not state, f"{self.name} sees the provider's state in #{event.seq} of {event.run_id}")
                 if delivery.subscription_id == 0 and number not in live:
                     continue
-                checker.saw(self.name, asked[number].key, seq=event.seq, expected_seq=expected[number] + 1)
+                checker.saw(self.name, asked[number], seq=event.seq, expected_seq=expected[number] + 1)
                 expected[number] = event.seq
 
 

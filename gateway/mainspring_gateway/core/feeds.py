@@ -38,16 +38,16 @@ def combine(orders: Iterable[Order]) -> state_pb2.FollowRequest:
 
 
 class _Feed:
-    """One run as it arrives. While `is_starting`, the start subscribes it; `subscription_id` 0 stands for that."""
+    """One run as it arrives. While it has a `starter`, the start subscribes it; `subscription_id` 0 stands for that."""
 
     __slots__ = (
         "draft",
         "follower_id",
         "follows",
-        "is_starting",
         "last_seq",
         "missed_seq",
         "run_id",
+        "starter",
         "step",
         "subscription_id",
         "tenant_id",
@@ -61,7 +61,7 @@ class _Feed:
         self.last_seq = last_seq
         self.follower_id = follower_id
         self.follows: dict[Follow, None] = {}
-        self.is_starting = False
+        self.starter: Follow | None = None
         self.subscription_id = 0
         self.draft: Draft | None = None
         # The last model step whose end was seen.
@@ -96,7 +96,7 @@ class Feeds:
         """A new Follow stream is open: every feed subscribes on it from where it stands."""
         self._put, self.follower_id, self.state_id = put, follower_id, state_id
         for feed in self._feeds.values():
-            if not feed.is_starting:
+            if feed.starter is None:
                 self._subscribe(feed)
 
     def detach(self) -> None:
@@ -106,27 +106,31 @@ class Feeds:
     def begin(self, follow: Follow) -> None:
         """A run is about to be started with this process's follower, and watched from its first event."""
         feed = _Feed(follow, last_seq=0, follower_id=self.follower_id)
-        feed.is_starting = True
+        feed.starter = follow
         feed.follows[follow] = None
         self._feeds[follow.run_id] = feed
 
     def confirm(self, run_id: str, *, followed: bool) -> None:
         """The run that `begin` named is durable, and subscribed by its start if `followed`."""
         feed = self._feeds.get(run_id)
-        if feed is None or not feed.is_starting:
+        if feed is None or feed.starter is None:
             return
-        feed.is_starting = False
+        feed.starter = None
         if not feed.follows:
             self._drop(feed)
         elif not followed or feed.follower_id != self.follower_id or feed.missed_seq:
             self._subscribe(feed)
 
     def abandon(self, run_id: str) -> None:
-        """The run that `begin` named was not started, or is another: forgets it without a word to its watchers."""
+        """The run that `begin` named was not started, as far as is known, or is another: forgets its follow silently.
+
+        Others may follow that run nevertheless: it may be there although the start's answer is not.
+        """
         feed = self._feeds.get(run_id)
-        if feed is not None and feed.is_starting:
-            self._end_text(feed)
-            del self._feeds[run_id]
+        if feed is None or feed.starter is None:
+            return
+        feed.follows.pop(feed.starter, None)
+        self.confirm(run_id, followed=False)
 
     def hold(self, follow: Follow) -> None:
         """Before the log is read for a follow: keeps what comes live meanwhile."""
@@ -163,7 +167,7 @@ class Feeds:
         if feed is None or follow not in feed.follows:
             return
         del feed.follows[follow]
-        if not feed.follows and not feed.is_starting:
+        if not feed.follows and feed.starter is None:
             self._drop(feed)
 
     def deliver(self, deliveries: Iterable[state_pb2.Delivery]) -> None:
@@ -200,7 +204,7 @@ class Feeds:
             self.gap_count += 1
             is_known = feed.missed_seq > 0
             feed.missed_seq = max(feed.missed_seq, seq)
-            if not is_known and not feed.is_starting:
+            if not is_known and feed.starter is None:
                 self._subscribe(feed, replaces=True)
             return
         try:

@@ -24,6 +24,7 @@ from mainspring_execution.peers import UNREACHED, ClaimCall
 CREDIT_MAX: Final = 10_000
 RETRY_SECONDS: Final = 0.25
 FAULT_SECONDS: Final = 3.0
+UNKNOWN_LAPSES: Final = -1
 
 
 class Claims:
@@ -73,23 +74,22 @@ class Claims:
     async def _take_over(self, claimed: state_pb2.ClaimedRun) -> None:
         """Takes a claimed run up where its log ends, again and again if that fails: the run is nobody else's now."""
         self._claimed += 1
-        lapses = self._around.lease.lapses
         try:
-            while not await self._try_to_drive(claimed, lapses):
+            while not await self._try_to_drive(claimed):
                 raise_if_cancelled()
                 await asyncio.sleep(FAULT_SECONDS * random.uniform(0.5, 1.0))
         finally:
             self._claimed -= 1
 
-    async def _try_to_drive(self, claimed: state_pb2.ClaimedRun, lapses: int) -> bool:
+    async def _try_to_drive(self, claimed: state_pb2.ClaimedRun) -> bool:
         try:
-            await self._drive(claimed, lapses)
+            await self._drive(claimed)
         except Exception as fault:  # a fault of ours in one run must not end the others
             telemetry.logger().error("takeover_faulted", run_id=claimed.run.run_id, exc_info=fault)
             return False
         return True
 
-    async def _drive(self, claimed: state_pb2.ClaimedRun, lapses: int) -> None:
+    async def _drive(self, claimed: state_pb2.ClaimedRun) -> None:
         arrived = time.perf_counter()
         run = claimed.run
         context = UserExecutionContext(
@@ -114,7 +114,8 @@ class Claims:
             run=run,
             state_id=self._around.state.appends.pick_instance(),
             arrived=arrived,
-            lapses=lapses,
+            # The first append says whether the claim still holds; a run that waited may call first.
+            lapses=self._around.lease.lapses if was_driven or not log else UNKNOWN_LAPSES,
         )
         drive.resume(log)
         if was_driven:

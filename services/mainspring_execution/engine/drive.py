@@ -68,6 +68,8 @@ class Drive:
         deadlines: Deadlines,
     ) -> None:
         self.attention = attention
+        self.run_id = run.run_id
+        self.epoch = run.epoch
         self._around = surroundings
         self._context = context
         self._agent = agent if isinstance(agent, PreparedAgent) else None
@@ -94,11 +96,6 @@ class Drive:
         self._mends = 0
 
     @property
-    def run_id(self) -> str:
-        """The run."""
-        return self._run.run_id
-
-    @property
     def outcome(self) -> str:
         """What became of the run here, as the log line says."""
         if self.attention.is_abandoned:
@@ -109,7 +106,7 @@ class Drive:
         """What the log line of the run's end says."""
         progress = self._journal.progress
         return {
-            "run_id": self._run.run_id,
+            "run_id": self.run_id,
             "agent": self._run.agent,
             "last_event": progress.last_event,
             "seq": progress.seq,
@@ -243,9 +240,10 @@ class Drive:
         elif isinstance(decision, Ask):
             ask(self._journal, make_question(decision.intent))
         else:
-            self._begin()
+            await self._begin()
 
-    def _begin(self) -> None:
+    async def _begin(self) -> None:
+        """Begins a claimed run. The claim may be old: only that the first event is taken says that it still holds."""
         run = self._run
         started = events_pb2.AgentStarted(
             agent_version=run.agent_version, input=run.input, ordinal=run.ordinal, attempt=1
@@ -253,6 +251,7 @@ class Drive:
         self._journal.record(agent_started=started)
         self._journal.flush()
         self._ending.begin()
+        await self._grip.wait_durable()
 
     async def _refuse_to_run(self) -> None:
         """Fails a run that cannot go on whatever its log says."""

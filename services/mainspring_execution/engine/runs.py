@@ -79,9 +79,13 @@ class Runs:
         self._tasks.create_task(driving).add_done_callback(self._leave)
 
     async def drive(self, drive: Drive) -> None:
-        """Drives a run to its end here; a former drive of the same run is given up."""
+        """Drives a run to its end here; of two drives of the same run the one of the older epoch is given up."""
         run_id = drive.run_id
         former = self._drives.get(run_id)
+        if former is not None and former.epoch > drive.epoch:
+            # A claim or a create that was late on its way.
+            drive.attention.abandon()
+            return
         if former is not None:
             former.attention.abandon()
         self._drives[run_id] = drive
@@ -250,8 +254,8 @@ def make_drive(
 ) -> Drive:
     """A drive with its parts. `agent`: an error is what the run fails with.
 
-    `arrived`: when the start or the claim came, on the clock of perf_counter. `lapses`: of the lease, at that time;
-    where it has lapsed since, the first effect has to ask whose the run is.
+    `arrived`: when the start or the claim came, on the clock of perf_counter. `lapses`: of the lease, before the run's
+    first append of this epoch was or is sent; where it has lapsed since, the first effect has to ask whose the run is.
     """
     attention = Attention()
     journal = Journal(

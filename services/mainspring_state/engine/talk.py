@@ -181,7 +181,7 @@ class Talk:
             self.listener.kick()
 
     async def _heal_missed(self) -> None:
-        """After a gap at once, and on a tick as long as a living process is not heard."""
+        """After a gap at once, and on a tick as long as a living process is not heard: any run may lag then."""
         while True:
             try:
                 async with asyncio.timeout(hearing.BEAT_SECONDS):
@@ -192,7 +192,8 @@ class Talk:
                 if self._hearing.is_complete(self._presence.peers, now_seconds=now):
                     continue
             self._missed.clear()
-            await self._heal_all(self._hub.watched())
+            for key, _ in self._hub.watched():
+                self._hub.mark_lagging(key)
 
     async def _heal_lagging(self) -> None:
         while True:

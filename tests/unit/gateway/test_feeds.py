@@ -147,6 +147,18 @@ def test_a_start_that_failed_leaves_nothing() -> None:
     assert (watcher.seqs, watcher.ends, len(stream.feeds)) == ([], [], 0)
 
 
+def test_a_start_without_an_answer_leaves_the_run_to_those_who_found_it() -> None:
+    stream, starter = Stream(), Recorded()
+    stream.feeds.begin(Follow(starter, Run()))
+    stream.deliver(delivery([1]))
+    _, other = stream.follow(0, log=[1])
+    stream.feeds.abandon("r")
+    assert [order.after_seq for order in stream.subscribes] == [1]
+    stream.deliver(delivery(range(2, LENGTH + 1)))
+    assert (starter.seqs, starter.ends) == ([1], [])
+    assert (other.seqs, other.ends) == (list(range(1, LENGTH + 1)), [None])
+
+
 def test_a_started_run_that_nobody_watches_any_more_is_unsubscribed() -> None:
     stream = Stream()
     follow = Follow(Recorded(), Run())
