@@ -44,13 +44,12 @@ def waiting_agent(*calls: Spec, **more: Any) -> Spec:
 async def waits(caller: Caller, run_id: str) -> types_pb2.Run:
     """The run, once it is WAITING."""
 
-    async def run() -> types_pb2.Run | None:
-        found: types_pb2.Run = (
-            await caller.state.GetRun(state_pb2.GetRunRequest(run_id=run_id), **caller.options())
-        ).run
-        return found if found.state == WAITING else None
+    async def found() -> list[types_pb2.Run]:
+        answer = await caller.state.GetRun(state_pb2.GetRunRequest(run_id=run_id), **caller.options())
+        return [answer.run] if answer.run.state == WAITING else []
 
-    return await wait_until(run, what=f"run {run_id} waits")
+    (run,) = await wait_until(found, what=f"run {run_id} waits")
+    return run
 
 
 async def signal(caller: Caller, run_id: str, name: str, data: Any = None, *, request_id: str = "") -> None:
