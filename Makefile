@@ -22,7 +22,7 @@ BILL ?=
 # Arguments for `make dev`: modules with tools, options.
 ARGS ?=
 # What `make bench` measures, and whether others beside it.
-ONLY ?= throughput latency growth footprint
+ONLY ?= throughput latency cancel growth footprint
 PEERS ?= --peers
 
 .PHONY: help setup run dev test test-long check fmt proto docs baseline bench bench-peers lock clean

@@ -70,6 +70,13 @@ GOALS: Final[Mapping[str, Sequence[Goal]]] = {
         Goal("pacing_late_p99_ms", "the load generator's own lateness: p99, ms"),
         Goal("cpu_ms_per_run", "CPU of all processes a run, ms"),
     ],
+    "cancel": [
+        Goal("cancel_to_stopped_p50_ms", "cancel sent to the tool's last count: p50, ms"),
+        Goal("cancel_to_stopped_p99_ms", "cancel sent to the tool's last count: p99, ms", at_most=250),
+        Goal("cancel_to_event_p50_ms", "cancel sent to `agent_cancelled` at the client: p50, ms"),
+        Goal("cancel_to_event_p99_ms", "cancel sent to `agent_cancelled` at the client: p99, ms"),
+        Goal("acknowledged_share", "receipts in which the tool said that it stopped, share", at_least=1),
+    ],
     "growth": [
         *_growth("append", "append"),
         *_growth("page_read", "page read"),

@@ -53,6 +53,11 @@ _TITLES: Final = {
         "W2: latency at half of the peak",
         "Starts at an even pace over 64 sockets. The time of a commit is PostgreSQL's own, taken before the flush.",
     ),
+    "cancel": (
+        "W5: cancel",
+        "16 users, each again and again: a run whose tool counts every 5 ms, a cancel on the socket, and a look "
+        "whether the count then stands still.",
+    ),
     "growth": (
         "W6: growth",
         "One call at a time over gRPC, short runs beside long ones, small tables beside large ones, in turns.",

@@ -44,13 +44,12 @@ def waiting_agent(*calls: Spec, **more: Any) -> Spec:
 async def waits(caller: Caller, run_id: str) -> types_pb2.Run:
     """The run, once it is WAITING."""
 
-    async def run() -> types_pb2.Run | None:
-        found: types_pb2.Run = (
-            await caller.state.GetRun(state_pb2.GetRunRequest(run_id=run_id), **caller.options())
-        ).run
-        return found if found.state == WAITING else None
+    async def found() -> list[types_pb2.Run]:
+        answer = await caller.state.GetRun(state_pb2.GetRunRequest(run_id=run_id), **caller.options())
+        return [answer.run] if answer.run.state == WAITING else []
 
-    return await wait_until(run, what=f"run {run_id} waits")
+    (run,) = await wait_until(found, what=f"run {run_id} waits")
+    return run
 
 
 async def signal(caller: Caller, run_id: str, name: str, data: Any = None, *, request_id: str = "") -> None:
@@ -313,13 +312,9 @@ async def test_fifty_waiting_runs_hold_no_lease(ann: Caller, rows: Rows) -> None
     started = [await ann.start("waiting") for _ in range(50)]
     for one in started:
         await waits(ann, one.run_id)
-    count = (
-        "SELECT count(*) AS n FROM state.leases l JOIN state.runs r USING (tenant_id, run_id) WHERE r.tenant_id = $1"
-    )
 
     async def nothing_is_held() -> bool:
-        (row,) = await rows.as_owner(count, ann.tenant_id)
-        return row["n"] == 0
+        return await rows.as_owner("SELECT FROM state.leases WHERE tenant_id = $1", ann.tenant_id) == []
 
     await wait_until(nothing_is_held, what="no lease")
     for one in started:

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.long, pytest.mark.real_services, pytest.mark.performan
 WORKLOADS = {
     "throughput": ("--sockets", "1", "64"),
     "latency": ("--rate", "50"),
+    "cancel": ("--users", "2"),
     "growth": ("--rows", "100", "1000", "--lengths", "12", "100"),
     "footprint": (),
 }

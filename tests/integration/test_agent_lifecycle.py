@@ -47,9 +47,9 @@ def signalled_agent() -> Spec:
 async def in_state(stack: Stack, run_id: str, state: int) -> Row:
     """The run's row, once it is in a state."""
 
-    async def found() -> Row | None:
+    async def found() -> Row:
         row = await stack.rows.run(run_id)
-        return row if row["state"] == state else None
+        return row if row["state"] == state else {}
 
     return await wait_until(found, what=f"state {state} of run {run_id}")
 

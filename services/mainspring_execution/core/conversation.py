@@ -129,7 +129,9 @@ def _complain(failure: events_pb2.AttemptFailed) -> list[Part]:
     error = failure.error
     if error.reason != "RESULT_INVALID":
         return []
-    told = f"Your last answer was not taken: {error.message} Answer again, rightly, and say nothing about this."
+    # What follows is for whoever made the agent.
+    what = error.message.partition(" Register a version")[0]
+    told = f"Your last answer was not taken: {what} Answer again, rightly, and say nothing about this."
     answer = error.metadata.get("answer")
     return [*([Said("assistant", answer)] if answer else []), Said("user", told)]
 

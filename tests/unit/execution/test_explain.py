@@ -93,6 +93,10 @@ def test_an_attempt_that_is_due_is_under_way() -> None:
 
 
 def test_what_the_database_knows_comes_first_and_only_once() -> None:
-    line, timer = types_pb2.Hold(kind=1), types_pb2.Hold(kind=5, detail="database")
-    told = [types_pb2.Hold(kind=5, detail="log"), types_pb2.Hold(kind=4)]
+    line = types_pb2.Hold(kind=types_pb2.HOLD_KIND_SESSION_LINE)
+    timer = types_pb2.Hold(kind=types_pb2.HOLD_KIND_TIMER, detail="database")
+    told = [
+        types_pb2.Hold(kind=types_pb2.HOLD_KIND_TIMER, detail="log"),
+        types_pb2.Hold(kind=types_pb2.HOLD_KIND_SIGNAL),
+    ]
     assert merge([line, timer], told) == [line, timer, told[1]]
