@@ -187,7 +187,7 @@ class Client:
         """Lets a paused run go on: durable when this returns."""
         return await self.request("POST", f"/v1/runs/{run_id}:resume", body={})
 
-    async def signal(self, run_id: str, name: str, data: Any = None) -> dict[str, Any]:
+    async def signal(self, run_id: str, name: str, *, data: Any = None) -> dict[str, Any]:
         """Sends a run a named signal: durable when this returns, and kept until the run takes it. Any: JSON."""
         return await self.request("POST", f"/v1/runs/{run_id}:signal", body={"name": name, "data": data})
 
@@ -210,7 +210,7 @@ class Client:
         """A page of open approvals that the user may answer. Query: run_id, include_resolved, page_size, page_token."""
         return await self.request("GET", "/v1/approvals", query=query)
 
-    async def resolve(self, approval_id: str, decision: str, data: Any = None) -> dict[str, Any]:
+    async def resolve(self, approval_id: str, decision: str, *, data: Any = None) -> dict[str, Any]:
         """Answers an approval with `allow` or `deny`; the first answer counts. Any: JSON that matches its schema."""
         body = {"decision": decision, "data": data}
         return await self.request("POST", f"/v1/approvals/{approval_id}:resolve", body=body)

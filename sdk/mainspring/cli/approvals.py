@@ -97,4 +97,4 @@ async def _list(client: Client, query: dict[str, str]) -> dict[str, Any]:
 
 async def _answer(client: Client, approval_id: str, *, decision: str, data: Any) -> dict[str, Any]:  # Any: JSON
     async with client:
-        return await client.resolve(approval_id, decision, data)
+        return await client.resolve(approval_id, decision, data=data)

@@ -30,7 +30,8 @@ class TextSource:
 class Unsent:
     """The text that waits for one state process, at most one piece a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, characters_max: int = UNSENT_CHARACTERS_MAX) -> None:
+        self._characters_max = characters_max
         self._pieces: dict[str, tuple[TextSource, int, list[str]]] = {}
         self._characters = 0
 
@@ -43,7 +44,7 @@ class Unsent:
         if waiting is not None and waiting[0] is not source:
             self._characters -= sum(map(len, self._pieces.pop(source.run_id)[2]))
             waiting = None
-        if self._characters + len(text) > UNSENT_CHARACTERS_MAX:
+        if self._characters + len(text) > self._characters_max:
             return False
         if waiting is None:
             self._pieces[source.run_id] = (source, source.length, [text])

@@ -1,7 +1,6 @@
 """Text that waits for a state process: merged to one piece a run, bounded, and the newest attempt's alone."""
 
 import pytest
-from mainspring_execution.core import unsent
 from mainspring_execution.core.unsent import FRAME_CHARACTERS_MAX, FRAME_RUNS_MAX, TextSource, Unsent
 
 pytestmark = pytest.mark.unit
@@ -45,9 +44,8 @@ def test_a_newer_attempt_takes_the_place_of_an_older() -> None:
     assert waiting._characters == 0
 
 
-def test_at_the_bound_no_more_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unsent, "UNSENT_CHARACTERS_MAX", 10)
-    waiting, said = Unsent(), source()
+def test_at_the_bound_no_more_is_taken() -> None:
+    waiting, said = Unsent(characters_max=10), source()
     add(waiting, said, "0123456789")
     assert not waiting.add(said, "x") and not waiting.add(source("b"), "x")
     assert taken(waiting) == [("r", 1, 0, "0123456789")]
