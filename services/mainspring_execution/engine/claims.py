@@ -37,7 +37,7 @@ class Claims:
         self._call: ClaimCall | None = None
 
     def stop(self) -> None:
-        """Takes no more, so that what this process hands back does not come to it again."""
+        """Takes no more, so that what this process hands back does not come to it again: ends the task of `run`."""
         if self._call is not None:
             self._call.cancel()
 
@@ -64,9 +64,6 @@ class Claims:
                     self._runs.spawn(self._take_over(claimed))
                 if not self._runs.room:
                     return
-        except asyncio.CancelledError:
-            raise_if_cancelled()
-            # The call was, by `stop`.
         finally:
             self._call = None
             call.cancel()
