@@ -28,7 +28,11 @@ QUERIES: Final = {
     "sessions": """SELECT user_id, session_id, policy, run_count, head_run_id::text, last_run_id::text, waiting
         FROM state.sessions WHERE tenant_id = $1""",
     "queued": "SELECT user_id, session_id, ordinal, run_id::text FROM state.queued WHERE tenant_id = $1",
-    "ready": "SELECT run_id::text FROM state.ready WHERE tenant_id = $1",
+    "ready": "SELECT run_id::text, in_line FROM state.ready WHERE tenant_id = $1",
+    "shares": "SELECT queued, weight FROM state.shares WHERE tenant_id = $1",
+    "caps": "SELECT scope, cap, used FROM state.caps WHERE tenant_id = $1",
+    "slots": "SELECT run_id::text, scopes FROM state.slots WHERE tenant_id = $1",
+    "cap_line": "SELECT run_id::text, priority, scopes FROM state.cap_line WHERE tenant_id = $1",
     "leases": "SELECT run_id::text, executor_id, claim_seq, handed_back FROM state.leases WHERE tenant_id = $1",
     "inputs": """SELECT run_id::text, request_id, requested_by, consumed_seq, user_id, kind, payload
         FROM state.inputs WHERE tenant_id = $1""",
@@ -115,7 +119,14 @@ class ModelState:
             "queued": [
                 (*key[1:], ordinal, run_id) for key, line in schema.queued.items() for ordinal, run_id in line.items()
             ],
-            "ready": [(key[1],) for key in schema.ready],
+            "ready": [(key[1], key in schema.in_line) for key in schema.ready],
+            "shares": [(share["queued"], share["weight"]) for share in schema.shares.values()],
+            "caps": [(key[1], *row) for key, row in schema.caps.items()],
+            "slots": [(key[1], scopes) for key, scopes in schema.slots.items()],
+            "cap_line": [
+                (key[1], schema.runs[key]["priority"], [scope for scope, _ in schema.runs[key]["caps"]])
+                for key in schema.cap_line
+            ],
             "leases": [
                 (key[1], row["executor_id"], row["claim_seq"], row["handed_back"]) for key, row in schema.leases.items()
             ],

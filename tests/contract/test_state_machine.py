@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule, run_state_machine_as_test
@@ -50,6 +51,9 @@ STALLED_MAX, PAGE_MAX, CREDIT = 3, 64, 1_000
 LEASE_SECONDS = 600.0
 EXECUTORS = (0, 1)
 CANCEL = state_pb2.RunInput(cancel=state_pb2.CancelInput()).SerializeToString()
+SIGNAL = state_pb2.RunInput(signal=state_pb2.SignalInput(name="s")).SerializeToString()
+# When runs that start later than now do.
+LATE = Timestamp(seconds=4_000_000_000)
 EARLY = datetime(1970, 1, 1, tzinfo=UTC)
 REASONS = {"": "", "ended": "RUN_ENDED", "reused": "IDEMPOTENCY_KEY_REUSED", "illegal": "TRANSITION_ILLEGAL"}
 KINDS = ("started", "thinking", "executing", "recovered", "completed", "failed", "cancelled")
@@ -172,9 +176,10 @@ class Session:
                     return log
                 await asyncio.sleep(0)
 
-    async def put_input(self, user: UserExecutionContext, run_id: str, request_id: str) -> str:
-        """Asks for a cancel; the reason for which it was refused."""
-        request = state_pb2.PutInputRequest(run_id=run_id, request_id=request_id, cancel=state_pb2.CancelInput())
+    async def put_input(self, user: UserExecutionContext, run_id: str, request_id: str, **asked: Any) -> str:
+        """Asks for something, a cancel unless said otherwise; the reason for which it was refused."""
+        asked = asked or {"cancel": state_pb2.CancelInput()}
+        request = state_pb2.PutInputRequest(run_id=run_id, request_id=request_id, **asked)
         metadata = self.bench.identities.metadata(user.tenant_id, user.user_id)
         try:
             await self.stub.PutInput(request, metadata=metadata, timeout=ANSWER_SECONDS)
@@ -204,6 +209,10 @@ def event_of(kind: str) -> events_pb2.RunEvent:
         return events_pb2.RunEvent(run_recovered=events_pb2.RunRecovered(attempt=1))
     if kind == "failed":
         return events_pb2.RunEvent(agent_failed=events_pb2.AgentFailed(error=types_pb2.RunError(reason="R")))
+    if kind == "waiting":
+        return events_pb2.RunEvent(agent_waiting=events_pb2.AgentWaiting(wait_for=types_pb2.WAIT_KIND_SIGNAL))
+    if kind == "paused":
+        return events_pb2.RunEvent(agent_paused=events_pb2.AgentPaused(requested_by="ann"))
     made = {"started": started, "thinking": thinking, "completed": completed, "cancelled": cancelled}
     return made[kind]()
 
@@ -244,15 +253,25 @@ class StateMachine(RuleBasedStateMachine):
         key=st.sampled_from(["", "", "k1", "k2"]),
         request_hash=st.sampled_from([b"1", b"2"]),
         executor=st.sampled_from(EXECUTORS),
+        caps=st.dictionaries(st.sampled_from(["tenant", "user", "agent"]), st.sampled_from([1, 1, 2, 3])),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
+        queue_only=st.sampled_from([False, False, False, True]),
+        is_late=st.sampled_from([False, False, False, False, True]),
+        backlog_max=st.sampled_from([0, 0, 0, 3]),
     )
     def create(
-        self, user: int, session: str, policy: int, key: str, request_hash: bytes, executor: int
-    ) -> state_pb2.Append:
-        """Makes a run, or finds that a key or the session's policy is against it."""
+        self, user: int, session: str, policy: int, key: str, request_hash: bytes, executor: int,
+        caps: dict[str, int], priority: int, queue_only: bool, is_late: bool, backlog_max: int,
+    ) -> state_pb2.Append:  # fmt: skip
+        """Makes a run, or finds that a key, the session's policy or the backlog's bound is against it."""
         sender, owner = self._session.executors[executor], self._users[user]
         append = sender.create(
-            owner, session_id=session, policy=policy, idempotency_key=key, request_hash=request_hash if key else b""
-        )
+            owner, session_id=session, policy=policy, idempotency_key=key, request_hash=request_hash if key else b"",
+            caps=[state_pb2.Cap(scope=scope, limit=limit) for scope, limit in sorted(caps.items())],
+            priority=priority, queue_only=queue_only, backlog_max=backlog_max,
+        )  # fmt: skip
+        if is_late:
+            append.create.due_time.CopyFrom(LATE)
         self._log[append.run_id] = owner
         self._send(sender, [append])
         return append
@@ -327,6 +346,28 @@ class StateMachine(RuleBasedStateMachine):
         )  # fmt: skip
         expected = "RUN_NOT_FOUND" if stored is None else REASONS[stored["reason"]]
         assert self.run(self._session.put_input(user, append.run_id, request_id)) == expected
+
+    @rule(append=appends, executor=st.sampled_from(EXECUTORS), kind=st.sampled_from(["waiting", "paused", "thinking"]))
+    def release(self, append: state_pb2.Append, executor: int, kind: str) -> None:
+        """Its holder lets a run go: it waits, is paused, or is handed back."""
+        sender = self._session.executors[executor]
+        released = self._next(sender, append, [kind])
+        released.release.SetInParent()
+        if kind == "thinking":
+            released.release.due_time.FromSeconds(1)
+        self._send(sender, [released])
+
+    @rule(append=appends, request_id=st.sampled_from(["s1", "s2"]))
+    def signal(self, append: state_pb2.Append, request_id: str) -> None:
+        """Something comes that wakes a run which waits."""
+        owner = self._log[append.run_id]
+        stored = self._model.schema.put_input(
+            self._tenant_id, owner.user_id, append.run_id, request_id, owner.user_id, "signal", SIGNAL,
+            UNCONSUMED_MAX, 0, 0, b"", [], False,
+        )  # fmt: skip
+        expected = "RUN_NOT_FOUND" if stored is None else REASONS[stored["reason"]]
+        asked = {"signal": state_pb2.SignalInput(name="s")}
+        assert self.run(self._session.put_input(owner, append.run_id, request_id, **asked)) == expected
 
     @rule(executor=st.sampled_from(EXECUTORS))
     def beat(self, executor: int) -> None:

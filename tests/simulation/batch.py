@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from tests.simulation.asking import Row
@@ -29,7 +30,26 @@ class Batch:
             self.ask_items, self.ask_seqs, self.ask_kinds, self.ask_roles, self.ask_titles, self.ask_calls,
             self.ask_arguments, self.ask_schemas, self.ask_expires,
             self.resolve_items, self.resolve_seqs, self.resolve_decisions, self.resolve_by, self.resolve_data,
+            self.stands, self.queue_onlys, self.dues, self.weights, self.backlogs, self.backlog_least,
+            self.cap_items, self.cap_scopes, self.cap_limits,
         ) = arguments  # fmt: skip
+
+    def stands_in_line(self, i: int) -> bool:
+        """Whether a create has to stand in a line besides its session's."""
+        return bool(self.stands and self.stands[i])
+
+    def is_queue_only(self, i: int) -> bool:
+        """Whether its creator has no room for it."""
+        return bool(self.queue_onlys and self.queue_onlys[i])
+
+    def due(self, i: int) -> datetime | None:
+        """Before when it shall not begin."""
+        due: datetime | None = self.dues[i] if self.dues else None
+        return due
+
+    def caps_of(self, i: int) -> list[tuple[str, int]]:
+        """Scopes and their limits."""
+        return [(self.cap_scopes[k], self.cap_limits[k]) for k, item in enumerate(self.cap_items) if item == i + 1]
 
     def asked(self, k: int) -> Row:
         """A new row of `approvals`."""

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Final
 
 from tests.simulation.asking import FIRST_ENDED, QUEUED, RUNNING, Key, Row, moment_of
-from tests.simulation.tables import PARALLEL, PEER_SECONDS, Tables
+from tests.simulation.tables import PEER_SECONDS, Tables
 
 FORGET_SECONDS: Final = 1.0
 
@@ -62,10 +62,16 @@ class Schema(Tables):
         claimed = [self._take_run(key, executor_id, state_id, stalled_max if dead else None) for key, dead in found]
         runs = [run for run in claimed if run is not None]
         due = sorted((moment, key) for key, moment in self.ready.items() if moment <= now and key not in self.leases)
-        for _, key in due[: max(0, room - len(runs))]:
-            run = self._take_run(key, executor_id, state_id, None)
-            if run is not None:
-                runs.append(run)
+        for _, key in due:
+            if len(runs) < room and (self.runs[key]["state"] >= FIRST_ENDED or self.may_go(key)):
+                run = self._take_run(key, executor_id, state_id, None)
+                runs += [] if run is None else [run]
+        while len(runs) < room and (next_key := self.next_in_line()) is not None:
+            if self.runs[next_key]["state"] == QUEUED:
+                self.runs[next_key]["state"] = RUNNING
+            run = self._take_run(next_key, executor_id, state_id, None)
+            runs += [] if run is None else [run]
+        self.settle_lines()
         self._forget_executors(full_lease_seconds, silent)
         return runs
 
@@ -82,17 +88,13 @@ class Schema(Tables):
 
     def _take_run(self, key: Key, executor_id: str, state_id: str, stalled_max: int | None) -> Row | None:
         run, former = self.runs[key], self.leases.get(key)
-        self.ready.pop(key, None)
+        self.forget_ready(key)
         if run["state"] >= FIRST_ENDED:
             self.leases.pop(key, None)
             return None
         handed_back = run["state"] == RUNNING and run["last_seq"] > 0
         if former is not None:
             handed_back = former["handed_back"] and stalled_max is None
-        if run["state"] == QUEUED:
-            session = self.sessions[key[0], run["user_id"], run["session_id"]]
-            if session["policy"] == PARALLEL or session["head_run_id"] == key[1]:
-                run["state"] = RUNNING
         takes_over = stalled_max is not None
         if stalled_max is not None and run["stalled"] >= stalled_max:
             executor_id = state_id
@@ -114,7 +116,7 @@ class Schema(Tables):
         """`state.tidy_ready`."""
         for key, moment in list(self.ready.items()):
             if moment <= self.now() - FORGET_SECONDS and self.runs[key]["state"] >= FIRST_ENDED:
-                del self.ready[key]
+                self.forget_ready(key)
 
     def meet_processes(self, state_id: str) -> Row:
         """`state.meet_processes`."""

@@ -6,13 +6,15 @@ on sets; a rule that a test wants to break is a method of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from tests.simulation.asking import FIRST_ENDED, QUEUED, RUNNING, Asking, Key, Row, moment_of
+from tests.simulation.asking import FIRST_ENDED, PAUSED, QUEUED, RUNNING, WAITING, Key, Row, moment_of
 from tests.simulation.batch import Batch
+from tests.simulation.lining import PARALLEL, Lining
 
-ENQUEUE, REJECT, INTERRUPT, PARALLEL = 1, 2, 3, 4
+ENQUEUE, REJECT, INTERRUPT = 1, 2, 3
 PEER_SECONDS: Final = 5.0
 _TOLD: Final = ("holders", "tenants", "users", "runs", "requests", "payloads")
 
@@ -39,7 +41,7 @@ def sub_run_ended(sub_run_id: str, call_id: str, state: int) -> bytes:
     return b"\x7a" + varint(len(fields)) + fields
 
 
-class Tables(Asking):
+class Tables(Lining):
     """The schema `state`. `now`: the database's clock in seconds; `on_commit` sees each run's new events."""
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -47,8 +49,6 @@ class Tables(Asking):
         self.on_commit: Callable[[Key, list[Row], int], None] = lambda key, events, epoch: None
         self.on_grant: Callable[[Key, int, str], None] = lambda key, epoch, executor_id: None
         self.events: dict[Key, list[Row]] = {}
-        self.sessions: dict[tuple[str, str, str], Row] = {}
-        self.queued: dict[tuple[str, str, str], dict[int, str]] = {}
         self.keys: dict[tuple[str, str, str], tuple[str, bytes]] = {}
         self.executors: dict[tuple[str, str], list[float]] = {}
         self.processes: dict[str, float] = {}
@@ -64,14 +64,45 @@ class Tables(Asking):
         row |= {f"told_{part}": [] for part in _TOLD}
         row["became_ready"] = False
         moved: list[tuple[str, str, str]] = []
+        standing: list[int] = []
+        counts: Counter[tuple[str, str]] = Counter()
         for i in range(batch.create_count):
-            self._create(batch, i, row)
+            self._create(batch, i, row=row, standing=standing, counts=counts)
         for i in range(batch.create_count, len(batch.runs)):
             self._advance(batch, i, row=row, moved=moved)
         self._follow_up(batch, row)
-        for session_key in moved:
-            self._move_line(session_key, row)
+        nexts = [self.move_session(session_key) for session_key in moved]
+        for i in row["hit"]:
+            key = (batch.tenants[i - 1], batch.runs[i - 1])
+            run = self.runs[key]
+            is_released = i in batch.release_items and run["state"] in (WAITING, PAUSED)
+            if run["caps"] and (run["state"] >= FIRST_ENDED or is_released):
+                self.free_slots(key)
+                if run["state"] >= FIRST_ENDED:
+                    self.forget_ready(key)
+        for tenant_id in batch.tenants:
+            row["became_ready"] |= self.give_slots(tenant_id)
+        for next_key in nexts:
+            row["became_ready"] |= next_key is not None and self.lead_on(next_key, may_begin=False) == "lined"
+        for i in standing:
+            row["became_ready"] |= self.set_caps(batch.tenants[i], batch.caps_of(i))
+        for i in standing:
+            self._begin(batch, i, row)
         return row
+
+    def _begin(self, batch: Batch, i: int, row: Row) -> None:
+        """A create that stands in no session's line any more goes on to others, or begins."""
+        key = (batch.tenants[i], batch.runs[i])
+        led = self.lead_on(key, may_begin=not batch.is_queue_only(i))
+        row["became_ready"] |= led == "lined"
+        if led == "begins":
+            run = self.runs[key]
+            run |= {"state": RUNNING, "last_seq": 1, "start_time": moment_of(self.now())}
+            self.forget_ready(key)
+            self.count(key[0], -1)
+            self._lease(key, 1, batch.executors[i])
+            self._log(batch, i, user_id=run["user_id"], ordinal=run["ordinal"])
+            row["made_running"][row["made"].index(i + 1)] = True
 
     def _follow_up(self, batch: Batch, row: Row) -> None:
         """What a set of appends does behind all of them."""
@@ -127,7 +158,7 @@ class Tables(Asking):
         events = self.events.get(key, [])
         return len(events) > seq and bool(events[seq]["append_id"] == append_id)
 
-    def _create(self, batch: Batch, i: int, row: Row) -> None:
+    def _create(self, batch: Batch, i: int, *, row: Row, standing: list[int], counts: Counter[tuple[str, str]]) -> None:
         tenant_id, run_id = key = (batch.tenants[i], batch.runs[i])
         user_id, session_id, policy = batch.users[i], batch.session_ids[i], batch.policies[i]
         found = self.runs.get(key)
@@ -146,18 +177,22 @@ class Tables(Asking):
             self._create_sub_run(batch, i, row)
             return
         session_key = (tenant_id, user_id, session_id)
+        if self.overflows(batch, i, counts):
+            _miss(row, i, "backlog", run={"run_id": run_id})
+            return
         session = self.sessions.get(session_key)
         if session is None:
             session = self.sessions[session_key] = self.make_session(session_key, policy)
         elif session["policy"] == REJECT and session["head_run_id"] is not None:
             _miss(row, i, "busy", run={"run_id": run_id})
             return
-        is_running = session["policy"] == PARALLEL or session["head_run_id"] is None
+        has_turn = session["policy"] == PARALLEL or session["head_run_id"] is None
+        is_running = has_turn and not batch.stands_in_line(i)
         session["run_count"] += 1
         session["last_run_id"] = run_id
         if session["policy"] != PARALLEL:
             session["head_run_id"] = session["head_run_id"] or run_id
-            session["waiting"] += not is_running
+            session["waiting"] += not has_turn
         ordinal = session["run_count"]
         self.runs[key] = self._make_run(batch, i, ordinal=ordinal, is_running=is_running)
         row["made"].append(i + 1)
@@ -169,9 +204,13 @@ class Tables(Asking):
             self._lease(key, 1, batch.executors[i])
             self._log(batch, i, user_id=user_id, ordinal=ordinal)
             return
-        self.queued.setdefault(session_key, {})[ordinal] = run_id
+        self.count(tenant_id, 1, weight=(batch.weights[i] if batch.weights else 0) or 1)
         if batch.deadlines[i] is not None:
             self.ready[key] = batch.deadlines[i].timestamp()
+        if has_turn:
+            standing.append(i)
+            return
+        self.queued.setdefault(session_key, {})[ordinal] = run_id
         if session["policy"] == INTERRUPT:
             head = (tenant_id, session["head_run_id"])
             self.ask(head, request_id=run_id, requested_by=user_id, kind="cancel", payload=batch.interrupt_payload)
@@ -241,6 +280,8 @@ class Tables(Asking):
             "source_run_id": batch.sources[i] if batch.sources else None,
             "attempt": (batch.attempts[i] if batch.attempts else None) or 1,
             "priority": (batch.priorities[i] if batch.priorities else None) or 0,
+            "due_time": batch.due(i),
+            "caps": batch.caps_of(i),
             "webhook": (batch.hook_urls[i], batch.hook_credentials[i]) if batch.hook_urls else (None, None),
         }
 
@@ -267,6 +308,8 @@ class Tables(Asking):
         run["stalled"] = 0 if batch.progresses[i] else run["stalled"]
         if seq == 0 and not is_end and run["last_seq"] > 0:
             run["start_time"] = moment
+        if seq == 0 and run["last_seq"] > 0 and run["ordinal"] > 0:
+            self.count(key[0], -1)
         self._log(batch, i, user_id=run["user_id"], ordinal=run["ordinal"])
         for consumed, request_id in zip(batch.consumed_items, batch.consumed_requests, strict=True):
             asked = self.inputs.get(key, {}).get(request_id) if consumed == i + 1 else None
@@ -285,30 +328,7 @@ class Tables(Asking):
             self.metrics[key] = {"state": run["state"]} | {name: row[ending] for name, row in batch.counted()}
             if run["webhook"][0] is not None:
                 self.webhooks[key] = run["webhook"]
-            self._leave_line(run, moved=moved, was_started=was_started)
-
-    def _leave_line(self, run: Row, *, moved: list[tuple[str, str, str]], was_started: bool) -> None:
-        session_key = (run["tenant_id"], run["user_id"], run["session_id"])
-        session = self.sessions.get(session_key)
-        if session is None:
-            return
-        if not was_started:
-            session["waiting"] -= self.queued.get(session_key, {}).pop(run["ordinal"], "") != ""
-            self.ready.pop((run["tenant_id"], run["run_id"]), None)
-        if session["head_run_id"] == run["run_id"]:
-            session["head_run_id"] = None
-            if session["waiting"] > 0:
-                moved.append(session_key)
-
-    def _move_line(self, session_key: tuple[str, str, str], row: Row) -> None:
-        line = self.queued.get(session_key)
-        if line:
-            run_id = line.pop(min(line))
-            session = self.sessions[session_key]
-            session["head_run_id"] = run_id
-            session["waiting"] -= 1
-            self.make_ready((session_key[0], run_id))
-            row["became_ready"] = True
+            self.leave_session(run, moved=moved, was_started=was_started)
 
     def _log(self, batch: Batch, i: int, *, user_id: str, ordinal: int) -> None:
         key = (batch.tenants[i], batch.runs[i])

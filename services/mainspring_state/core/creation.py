@@ -13,6 +13,9 @@ from mainspring_state.core.refusals import EVENT_BYTES_MAX, invalid, too_large
 ID_CHARACTERS_MAX: Final = 128
 DEPTH_MAX: Final = 10
 PRIORITY_MAX: Final = 100
+WEIGHT_MAX: Final = 1_000
+CAPS_MAX: Final = 8
+SCOPE_CHARACTERS_MAX: Final = 300
 URL_CHARACTERS_MAX: Final = 2_000
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -61,10 +64,29 @@ def check_create(append: state_pb2.Append, types: tuple[str, ...]) -> None:
         raise invalid(append, "create.attempt", detail="attempts count from 1")
     if abs(create.priority) > PRIORITY_MAX:
         raise invalid(append, "create.priority", detail=f"it is -{PRIORITY_MAX} to {PRIORITY_MAX}")
+    if not is_moment(create.due_time):
+        raise invalid(append, "create.due_time", detail="it is before 1970 or after 9999")
+    if not 0 <= create.weight <= WEIGHT_MAX:
+        raise invalid(append, "create.weight", detail=f"it is 1 to {WEIGHT_MAX}, 0: 1")
+    if create.backlog_max < 0:
+        raise invalid(append, "create.backlog_max", detail="it counts from 1, 0: as by default")
+    if create.caps:
+        _check_caps(append)
     if create.HasField("webhook"):
         _check_webhook(append)
     if create.parent_run_id or create.depth:
         _check_sub_run(append)
+
+
+def _check_caps(append: state_pb2.Append) -> None:
+    caps = append.create.caps
+    if len(caps) > CAPS_MAX or len({cap.scope for cap in caps}) < len(caps):
+        raise invalid(append, "create.caps", detail=f"there are at most {CAPS_MAX}, each of a scope of its own")
+    for cap in caps:
+        if not 1 <= len(cap.scope) <= SCOPE_CHARACTERS_MAX or "\x00" in cap.scope:
+            raise invalid(append, "create.caps.scope", detail=f"it has 1 to {SCOPE_CHARACTERS_MAX} characters")
+        if cap.limit < 1:
+            raise invalid(append, "create.caps.limit", detail="it counts from 1")
 
 
 def _check_webhook(append: state_pb2.Append) -> None:
@@ -88,3 +110,5 @@ def _check_sub_run(append: state_pb2.Append) -> None:
         raise invalid(append, "create.parent_call_id", detail=f"it has 1 to {ID_CHARACTERS_MAX} characters")
     if create.idempotency_key:
         raise invalid(append, "create.idempotency_key", detail="a sub-run has none: its run id is made once")
+    if create.caps or create.queue_only or create.HasField("due_time"):
+        raise invalid(append, "create", detail="a sub-run stands in no line: no caps, no due_time, no queue_only")

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from mainspring_state.core.append import Entry
 
 EVENT_BYTES_MAX: Final = 16 << 20
+# How many of a tenant's runs may be QUEUED where the create does not say.
+BACKLOG_DEFAULT: Final = 100_000
+BACKLOG_RETRY_SECONDS: Final = 5.0
 
 
 def state_name(state: int) -> str:
@@ -39,6 +42,14 @@ def refusal(entry: Entry, reason: str, *, run_id: str, state: int) -> Mainspring
             Reason.SESSION_BUSY,
             f"Session {create.session_id} has a run under way and its policy is to refuse others: wait for its end.",
             session_id=create.session_id,
+        )
+    if reason == "backlog":
+        limit = create.backlog_max or BACKLOG_DEFAULT
+        return MainspringError(
+            Reason.BACKLOG_FULL,
+            f"{limit} runs of the tenant stand in line, as many as may: wait until some have begun.",
+            retry_after_seconds=BACKLOG_RETRY_SECONDS,
+            limit=limit,
         )
     if reason == "unknown":
         return MainspringError(Reason.RUN_NOT_FOUND, f"There is no run {run_id}: create it first.", run_id=run_id)

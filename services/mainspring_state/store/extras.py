@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from mainspring.v1 import state_pb2, types_pb2
 
 from mainspring_state.core.append import Entry
 from mainspring_state.core.approvals import ROLES, read_id
+from mainspring_state.core.refusals import BACKLOG_DEFAULT
 from mainspring_state.store.rows import to_datetime
 
 # Any in this module: each argument has the type of its parameter in the migration.
@@ -81,6 +83,29 @@ def of_approvals(entries: Sequence[Entry]) -> list[Any]:
         [answer.decision for _, answer in resolved],
         [answer.by for _, answer in resolved],
         [answer.data for _, answer in resolved],
+    ]
+
+
+def of_lines(creates: Sequence[state_pb2.CreateRun], moment: Timestamp) -> list[Any]:
+    """Who stands in which line before it may begin: for its time, for slots, for an executor; the backlog's bound."""
+    now = (moment.seconds, moment.nanos)
+    times = [create.due_time for create in creates]
+    dues = [time if (time.seconds, time.nanos) > now else None for time in times]
+    stands = [
+        create.queue_only or bool(create.caps) or due is not None for create, due in zip(creates, dues, strict=True)
+    ]
+    backlogs = [create.backlog_max or BACKLOG_DEFAULT for create in creates]
+    caps = [(i, cap) for i, create in enumerate(creates, 1) for cap in create.caps]
+    return [
+        stands if any(stands) else [],
+        [create.queue_only for create in creates] if any(create.queue_only for create in creates) else [],
+        _unless_empty([None if due is None else to_datetime(due) for due in dues]),
+        _unless_empty([create.weight or None for create in creates]),
+        backlogs,
+        min(backlogs, default=BACKLOG_DEFAULT),
+        [i for i, _ in caps],
+        [cap.scope for _, cap in caps],
+        [cap.limit for _, cap in caps],
     ]
 
 

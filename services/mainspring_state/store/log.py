@@ -170,6 +170,7 @@ class Batch:
             *extras.of_releases(appends),
             *extras.of_metrics([entry.append.metrics for entry in entries if entry.ending is not None]),
             *extras.of_approvals(entries),
+            *extras.of_lines(creates, moment),
         ]
 
 

@@ -152,6 +152,8 @@ CREATE FUNCTION state.append_batch(
   ask_items integer[], ask_seqs bigint[], ask_kinds integer[], ask_roles text[], ask_titles text[], ask_calls text[],
   ask_arguments bytea[], ask_schemas bytea[], ask_expires timestamptz[],
   resolve_items integer[], resolve_seqs bigint[], resolve_decisions integer[], resolve_by text[], resolve_data bytea[],
+  stands boolean[], queue_onlys boolean[], dues timestamptz[], weights integer[], backlogs integer[],
+  backlog_least integer, cap_items integer[], cap_scopes text[], cap_limits integer[],
   OUT made integer[], OUT made_running boolean[], OUT made_ordinals bigint[],
   OUT hit integer[], OUT hit_users text[], OUT hit_ordinals bigint[], OUT hit_states integer[],
   OUT missed integer[], OUT missed_reasons text[], OUT missed_runs uuid[], OUT missed_states integer[],
@@ -174,6 +176,14 @@ DECLARE
   new_payload bytea;
   entry record;
   next_run uuid;
+  led text;
+  standing integer[];
+  begun integer[];
+  capped integer[];
+  next_tenants text[] := '{}';
+  next_runs uuid[] := '{}';
+  woken_tenants text[] := '{}';
+  woken_runs uuid[] := '{}';
 BEGIN
   missed := '{}';
   became_ready := false;
@@ -211,7 +221,23 @@ BEGIN
       END LOOP;
     END IF;
 
-    WITH line AS (
+    IF create_count >= backlog_least OR EXISTS (
+      SELECT FROM state.shares s
+      WHERE s.tenant_id = ANY (tenants[1:root_count]) AND s.queued + root_count > backlog_least) THEN
+      FOR entry IN
+        SELECT i FROM unnest(state.overflowing(tenants[1:root_count], users, session_ids, queue_onlys, dues, cap_items,
+          cap_scopes, cap_limits, backlogs, missed)) AS i
+      LOOP
+        missed := missed || entry.i;
+        missed_reasons := missed_reasons || 'backlog'::text;
+        missed_runs := missed_runs || runs[entry.i];
+        missed_states := missed_states || 0;
+        missed_seqs := missed_seqs || backlogs[entry.i]::bigint;
+        missed_ordinals := missed_ordinals || 0::bigint;
+      END LOOP;
+    END IF;
+
+    WITH turns AS (
       INSERT INTO state.sessions AS s (tenant_id, user_id, session_id, policy, run_count, head_run_id, last_run_id)
       SELECT tenants[i], users[i], session_ids[i], policies[i], 1, CASE WHEN policies[i] <> 4 THEN runs[i] END, runs[i]
       FROM generate_series(1, root_count) AS i
@@ -224,14 +250,22 @@ BEGIN
         waiting = s.waiting + CASE WHEN s.policy <> 4 AND s.head_run_id IS NOT NULL THEN 1 ELSE 0 END
       WHERE s.policy <> 2 OR s.head_run_id IS NULL
       RETURNING array_position(runs, s.last_run_id) AS i, s.run_count AS ordinal,
-        s.policy = 4 OR s.head_run_id = s.last_run_id AS is_running
+        s.policy = 4 OR s.head_run_id = s.last_run_id AS has_turn
+    ), line AS (
+      SELECT i, ordinal, has_turn, has_turn AND NOT coalesce(stands[i], false) AS is_running FROM turns
     ), made_runs AS (
       INSERT INTO state.runs (run_id, append_id, ordinal, last_seq, start_time, deadline, state, tenant_id, user_id,
         session_id, agent, agent_version, trace_id, input, source_run_id, attempt, priority, webhook_url,
-        webhook_credential)
+        webhook_credential, due_time, caps, cap_limits)
       SELECT runs[i], append_ids[i], ordinal, is_running::integer, CASE WHEN is_running THEN now() END, deadlines[i],
         1 + is_running::integer, tenants[i], users[i], session_ids[i], agents[i], versions[i], traces[i], run_inputs[i],
-        sources[i], coalesce(attempts[i], 1), coalesce(priorities[i], 0), hook_urls[i], hook_credentials[i]
+        sources[i], coalesce(attempts[i], 1), coalesce(priorities[i], 0), hook_urls[i], hook_credentials[i], dues[i],
+        CASE WHEN stands[i] THEN (
+          SELECT array_agg(cap_scopes[k] ORDER BY k) FROM generate_subscripts(cap_items, 1) AS k
+          WHERE cap_items[k] = i) END,
+        CASE WHEN stands[i] THEN (
+          SELECT array_agg(cap_limits[k] ORDER BY k) FROM generate_subscripts(cap_items, 1) AS k
+          WHERE cap_items[k] = i) END
       FROM line
     ), leased AS (
       INSERT INTO state.leases (run_id, epoch, tenant_id, executor_id)
@@ -243,7 +277,7 @@ BEGIN
       FROM line WHERE is_running
     ), lined AS (
       INSERT INTO state.queued (run_id, ordinal, tenant_id, user_id, session_id)
-      SELECT runs[i], ordinal, tenants[i], users[i], session_ids[i] FROM line WHERE NOT is_running
+      SELECT runs[i], ordinal, tenants[i], users[i], session_ids[i] FROM line WHERE NOT has_turn
     ), due AS (
       INSERT INTO state.ready (run_id, due_time, tenant_id)
       SELECT runs[i], deadlines[i], tenants[i] FROM line WHERE NOT is_running AND deadlines[i] IS NOT NULL
@@ -251,7 +285,8 @@ BEGIN
       INSERT INTO state.idempotency_keys (run_id, tenant_id, user_id, idempotency_key, request_hash)
       SELECT runs[i], tenants[i], users[i], keys[i], hashes[i] FROM line WHERE keys[i] <> ''
     )
-    SELECT array_agg(i), array_agg(is_running), array_agg(ordinal) INTO made, made_running, made_ordinals FROM line;
+    SELECT array_agg(i), array_agg(is_running), array_agg(ordinal), array_agg(i) FILTER (WHERE has_turn AND stands[i])
+    INTO made, made_running, made_ordinals, standing FROM line;
 
     -- Refused by the session's policy.
     IF coalesce(cardinality(made), 0) + cardinality(missed) < create_count THEN
@@ -278,10 +313,7 @@ BEGIN
         SELECT head_run_id, tenant_id, user_id, by_run::text, user_id, interrupt_payload FROM head
         ON CONFLICT DO NOTHING
       )
-      INSERT INTO state.ready (run_id, due_time, tenant_id)
-      SELECT head_run_id, now(), tenant_id FROM head
-      ON CONFLICT (tenant_id, run_id) DO UPDATE SET due_time = least(state.ready.due_time, excluded.due_time);
-      became_ready := became_ready OR FOUND;
+      SELECT array_agg(tenant_id), array_agg(head_run_id) INTO woken_tenants, woken_runs FROM head;
     END IF;
 
     -- Sub-runs stand in no line. One whose parent has ended would be nobody's.
@@ -348,7 +380,7 @@ BEGIN
       WHERE r.tenant_id = tenants[i] AND r.run_id = runs[i]
         AND r.last_seq = expected_seqs[i] AND r.epoch = epochs[i] AND (from_states[i] >> r.state) & 1 = 1
       RETURNING i, r.tenant_id, r.run_id, r.user_id, r.session_id, r.ordinal, r.start_time, r.state, r.parent_run_id,
-        r.webhook_url
+        r.webhook_url, r.caps IS NOT NULL AS has_caps
     ), logged AS (
       INSERT INTO state.events (run_id, seq, event_time, append_id, tenant_id, user_id, type, event)
       SELECT runs[i], expected_seqs[i] + k - event_firsts[i] + 1, new_event_time, append_ids[i], tenants[i], user_id,
@@ -367,8 +399,10 @@ BEGIN
       array_agg(i) FILTER (WHERE i >= end_first AND start_time IS NULL),
       array_agg(i) FILTER (WHERE i >= end_first AND parent_run_id IS NOT NULL),
       array_agg(i) FILTER (WHERE i >= end_first AND webhook_url IS NOT NULL),
-      (SELECT array_agg(freed.i) FILTER (WHERE freed.waiting > 0) FROM freed)
-    INTO hit, hit_users, hit_ordinals, hit_states, unstarted, sub_ended, hooked, moved FROM changed;
+      (SELECT array_agg(freed.i) FILTER (WHERE freed.waiting > 0) FROM freed),
+      array_agg(i) FILTER (WHERE expected_seqs[i] = 0 AND event_lasts[i] >= event_firsts[i] AND ordinal > 0),
+      array_agg(i) FILTER (WHERE has_caps AND (i >= end_first OR state IN (3, 4) AND i = ANY (release_items)))
+    INTO hit, hit_users, hit_ordinals, hit_states, unstarted, sub_ended, hooked, moved, begun, capped FROM changed;
 
     IF cardinality(consumed_items) > 0 THEN
       UPDATE state.inputs n SET consumed_seq = expected_seqs[i] + event_lasts[i] - event_firsts[i] + 1
@@ -431,9 +465,8 @@ BEGIN
           told_requests := told_requests || entry.sub_run_id::text;
           told_payloads := told_payloads || new_payload;
         ELSIF state.wakes(entry.state, 'sub_run_ended') THEN
-          INSERT INTO state.ready (run_id, due_time, tenant_id) VALUES (entry.run_id, now(), entry.tenant_id)
-          ON CONFLICT (tenant_id, run_id) DO UPDATE SET due_time = least(state.ready.due_time, excluded.due_time);
-          became_ready := true;
+          woken_tenants := woken_tenants || entry.tenant_id;
+          woken_runs := woken_runs || entry.run_id;
         END IF;
       END LOOP;
     END IF;
@@ -476,7 +509,6 @@ BEGIN
       UPDATE state.sessions s SET waiting = s.waiting - gone.count
       FROM (SELECT tenant_id, user_id, session_id, count(*) FROM gone GROUP BY 1, 2, 3) AS gone
       WHERE s.tenant_id = gone.tenant_id AND s.user_id = gone.user_id AND s.session_id = gone.session_id;
-      DELETE FROM state.ready d USING unnest(unstarted) AS i WHERE d.tenant_id = tenants[i] AND d.run_id = runs[i];
       WITH freed AS (
         UPDATE state.sessions s SET head_run_id = NULL FROM unnest(unstarted) AS i
         JOIN state.runs r ON r.tenant_id = tenants[i] AND r.run_id = runs[i]
@@ -487,7 +519,7 @@ BEGIN
       SELECT moved || array_agg(i) FILTER (WHERE waiting > 0) INTO moved FROM freed;
     END IF;
 
-    -- The line moves: the next run of the session is claimable.
+    -- The session's line moves.
     IF moved IS NOT NULL THEN
       FOR entry IN
         SELECT r.tenant_id, r.user_id, r.session_id FROM unnest(moved) AS i
@@ -504,9 +536,8 @@ BEGIN
         CONTINUE WHEN next_run IS NULL;
         UPDATE state.sessions s SET head_run_id = next_run, waiting = s.waiting - 1
         WHERE s.tenant_id = entry.tenant_id AND s.user_id = entry.user_id AND s.session_id = entry.session_id;
-        INSERT INTO state.ready (run_id, due_time, tenant_id) VALUES (next_run, now(), entry.tenant_id)
-        ON CONFLICT (tenant_id, run_id) DO UPDATE SET due_time = least(state.ready.due_time, excluded.due_time);
-        became_ready := true;
+        next_tenants := next_tenants || entry.tenant_id;
+        next_runs := next_runs || next_run;
       END LOOP;
     END IF;
 
@@ -532,6 +563,73 @@ BEGIN
         missed_ordinals := missed_ordinals || coalesce(entry.ordinal, 0);
       END LOOP;
     END IF;
+  END IF;
+
+  -- Lines, slots and what is QUEUED, under the locks of their tenants' shares: behind all rows of sessions and runs,
+  -- before other runs' rows of `ready`. So of two batches that meet, one waits for the other and never both.
+  IF NOT (true = ALL (coalesce(made_running, '{}'))) OR begun IS NOT NULL OR capped IS NOT NULL
+    OR cardinality(next_runs) > 0 THEN
+    PERFORM state.lock_shares(array_agg(t.tenant_id), array_agg(t.weight), array_agg(t.change)) FROM (
+      SELECT tenants[i] AS tenant_id, coalesce(weights[i], 1) AS weight, 1 AS change
+      FROM unnest(made, made_running) AS m (i, is_running) WHERE NOT is_running
+      UNION ALL SELECT tenants[i], 0, -1 FROM unnest(begun) AS i
+      UNION ALL SELECT tenants[i], 0, 0 FROM unnest(capped) AS i
+      UNION ALL SELECT t, 0, 0 FROM unnest(next_tenants) AS t
+    ) AS t;
+    DELETE FROM state.ready d USING unnest(coalesce(unstarted, '{}') || coalesce(capped, '{}')) AS i
+    WHERE i >= end_first AND d.tenant_id = tenants[i] AND d.run_id = runs[i];
+    FOR entry IN
+      SELECT f.tenant_id, array_agg(DISTINCT f.scope) AS scopes FROM (
+        SELECT tenants[i] AS tenant_id, unnest(state.free_slots(tenants[i], runs[i])) AS scope FROM unnest(capped) AS i
+      ) AS f GROUP BY f.tenant_id
+    LOOP
+      became_ready := state.give_slots(entry.tenant_id, entry.scopes) OR became_ready;
+    END LOOP;
+    FOR entry IN SELECT * FROM unnest(next_tenants, next_runs) AS next (tenant_id, run_id) LOOP
+      became_ready := state.lead_on(entry.tenant_id, entry.run_id, false) = 'lined' OR became_ready;
+    END LOOP;
+    IF standing IS NOT NULL THEN
+      FOR entry IN
+        SELECT r.tenant_id, array_agg(r.caps[k]) AS scopes, array_agg(r.cap_limits[k]) AS limits
+        FROM unnest(standing) AS i JOIN state.runs r ON r.tenant_id = tenants[i] AND r.run_id = runs[i]
+        CROSS JOIN LATERAL generate_subscripts(r.caps, 1) AS k GROUP BY r.tenant_id
+      LOOP
+        became_ready := state.set_caps(entry.tenant_id, entry.scopes, entry.limits) OR became_ready;
+      END LOOP;
+      FOR entry IN SELECT i, tenants[i] AS tenant_id, runs[i] AS run_id FROM unnest(standing) AS i LOOP
+        led := state.lead_on(entry.tenant_id, entry.run_id, NOT coalesce(queue_onlys[entry.i], false));
+        became_ready := led = 'lined' OR became_ready;
+        IF led <> 'begins' THEN
+          standing := array_remove(standing, entry.i);
+        END IF;
+      END LOOP;
+      -- Those that have their slots at once begin like any other.
+      WITH begins AS (
+        UPDATE state.runs r SET state = 2, last_seq = 1, start_time = now() FROM unnest(standing) AS i
+        WHERE r.tenant_id = tenants[i] AND r.run_id = runs[i] RETURNING i, r.ordinal
+      ), leased AS (
+        INSERT INTO state.leases (run_id, epoch, tenant_id, executor_id)
+        SELECT runs[i], 1, tenants[i], executors[i] FROM begins
+      ), counted AS (
+        UPDATE state.shares s SET queued = s.queued - n.count
+        FROM (SELECT tenants[i] AS tenant_id, count(*) FROM begins GROUP BY 1) AS n WHERE s.tenant_id = n.tenant_id
+      )
+      INSERT INTO state.events (run_id, seq, event_time, append_id, tenant_id, user_id, type, event)
+      SELECT runs[i], 1, new_event_time, append_ids[i], tenants[i], users[i], types[event_firsts[i]],
+        events[event_firsts[i]] || state.ordinal_field(ordinal)
+      FROM begins;
+      DELETE FROM state.ready d USING unnest(standing) AS i WHERE d.tenant_id = tenants[i] AND d.run_id = runs[i];
+      made_running := ARRAY(
+        SELECT is_running OR i = ANY (standing) FROM unnest(made, made_running) WITH ORDINALITY AS m (i, is_running, k)
+        ORDER BY k);
+    END IF;
+  END IF;
+
+  IF cardinality(woken_runs) > 0 THEN
+    INSERT INTO state.ready (run_id, due_time, tenant_id)
+    SELECT DISTINCT run_id, now(), tenant_id FROM unnest(woken_tenants, woken_runs) AS woken (tenant_id, run_id)
+    ON CONFLICT (tenant_id, run_id) DO UPDATE SET due_time = least(state.ready.due_time, excluded.due_time);
+    became_ready := true;
   END IF;
 END
 $body$;
@@ -562,24 +660,28 @@ BEGIN
     hashes, executors, deadlines, traces, end_first, results, errors, all_stages, usages, consumed_items,
     consumed_requests, interrupt_payload, create_count,
     '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
-    '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}') AS b;
+    '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
+    '{}', '{}', '{}', '{}', '{}', 2147483647, '{}', '{}', '{}') AS b;
 END
 $body$;
 
 -- Leases one run to an executor under its next epoch, if it has not ended; null otherwise. takes_over: its holder died.
 -- One that waits or is paused stays so until an event says otherwise. A run that executors left stalled_max times
--- without a new event is leased to the state process itself.
+-- without a new event is leased to the state process itself. source: where it was found, 'lease', 'ready' or 'line':
+-- only from the line do runs that are QUEUED come as RUNNING.
 CREATE FUNCTION state.take(
-  a_tenant_id text, a_run_id uuid, executor text, a_state_id text, stalled_max integer, takes_over boolean,
+  a_tenant_id text, a_run_id uuid, executor text, a_state_id text, stalled_max integer, takes_over boolean, source text,
   OUT run state.runs, OUT handed_back boolean
 )
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $body$
-DECLARE
-  has_turn boolean;
 BEGIN
   SELECT * INTO run FROM state.runs r
   WHERE r.tenant_id = a_tenant_id AND r.run_id = a_run_id FOR UPDATE SKIP LOCKED;
   IF NOT FOUND THEN
+    RETURN;
+  END IF;
+  IF source = 'ready' AND run.state IN (1, 3, 4) AND NOT state.may_go(run) THEN
+    run := NULL;
     RETURN;
   END IF;
   DELETE FROM state.ready d WHERE d.tenant_id = a_tenant_id AND d.run_id = a_run_id;
@@ -592,12 +694,8 @@ BEGIN
   SELECT l.handed_back AND NOT takes_over INTO handed_back FROM state.leases l
   WHERE l.tenant_id = a_tenant_id AND l.run_id = a_run_id;
   handed_back := coalesce(handed_back, run.state = 2 AND run.last_seq > 0);
-  IF run.state = 1 THEN
-    SELECT s.policy = 4 OR s.head_run_id = a_run_id INTO has_turn FROM state.sessions s
-    WHERE s.tenant_id = run.tenant_id AND s.user_id = run.user_id AND s.session_id = run.session_id;
-    IF has_turn THEN
-      run.state := 2;
-    END IF;
+  IF run.state = 1 AND source = 'line' THEN
+    run.state := 2;
   END IF;
   IF takes_over AND run.stalled >= stalled_max THEN
     executor := a_state_id;
@@ -614,7 +712,8 @@ END
 $body$;
 
 -- Hands runs that nobody drives to an executor, so that it holds at most `credit` claimed ones: first the runs of
--- silent executors, of executors never heard of, and those whose claim was not handed over; then what is due.
+-- silent executors, of executors never heard of, and those whose claim was not handed over; then what is due, and what
+-- stands in line, tenant by tenant.
 -- `connected`: since when this state process has been able to store beats, in database time.
 CREATE FUNCTION state.claim_runs(
   executor text, credit integer, connected timestamptz, a_state_id text, full_lease_seconds double precision,
@@ -626,8 +725,12 @@ DECLARE
   full_lease interval := make_interval(secs => full_lease_seconds);
   silent text[];
   room integer;
+  due_room integer;
   entry record;
   taken record;
+  next_run uuid;
+  taken_count integer;
+  passed text[] := '{}';
 BEGIN
   connected := greatest(connected, pg_postmaster_start_time());
   silent := ARRAY(
@@ -656,24 +759,51 @@ BEGIN
     LIMIT greatest(room, 0) FOR UPDATE SKIP LOCKED
   LOOP
     SELECT * INTO taken
-    FROM state.take(entry.tenant_id, entry.run_id, executor, a_state_id, stalled_max, entry.is_dead);
+    FROM state.take(entry.tenant_id, entry.run_id, executor, a_state_id, stalled_max, entry.is_dead, 'lease');
     run := taken.run;
     handed_back := taken.handed_back;
     CONTINUE WHEN run.run_id IS NULL;
     room := room - 1;
     RETURN NEXT;
   END LOOP;
-  FOR entry IN
-    SELECT d.tenant_id, d.run_id FROM state.ready d
-    WHERE d.due_time <= moment
-      AND NOT EXISTS (SELECT FROM state.leases l WHERE l.tenant_id = d.tenant_id AND l.run_id = d.run_id)
-    ORDER BY d.due_time LIMIT greatest(room, 0) FOR UPDATE SKIP LOCKED
-  LOOP
-    SELECT * INTO taken FROM state.take(entry.tenant_id, entry.run_id, executor, a_state_id, stalled_max, false);
-    run := taken.run;
-    handed_back := taken.handed_back;
-    CONTINUE WHEN run.run_id IS NULL;
-    RETURN NEXT;
+  -- The two share the room, so that neither waits for the last of the other.
+  FOR turn IN 1 .. 3 LOOP
+    due_room := CASE turn WHEN 1 THEN floor(room / 2.0 + random()) WHEN 2 THEN 0 ELSE room END;
+    FOR entry IN
+      SELECT d.tenant_id, d.run_id FROM state.ready d
+      WHERE d.due_time <= moment
+        AND NOT EXISTS (SELECT FROM state.leases l WHERE l.tenant_id = d.tenant_id AND l.run_id = d.run_id)
+      ORDER BY d.due_time LIMIT 4 * greatest(due_room, 0) FOR UPDATE SKIP LOCKED
+    LOOP
+      EXIT WHEN due_room <= 0;
+      SELECT * INTO taken
+      FROM state.take(entry.tenant_id, entry.run_id, executor, a_state_id, stalled_max, false, 'ready');
+      run := taken.run;
+      handed_back := taken.handed_back;
+      CONTINUE WHEN run.run_id IS NULL;
+      due_room := due_room - 1;
+      room := room - 1;
+      RETURN NEXT;
+    END LOOP;
+    WHILE turn = 2 AND room > 0 LOOP
+      SELECT * INTO entry FROM state.next_in_line(passed, room);
+      EXIT WHEN NOT FOUND;
+      taken_count := 0;
+      FOREACH next_run IN ARRAY entry.run_ids LOOP
+        SELECT * INTO taken
+        FROM state.take(entry.tenant_id, next_run, executor, a_state_id, stalled_max, false, 'line');
+        run := taken.run;
+        handed_back := taken.handed_back;
+        CONTINUE WHEN run.run_id IS NULL;
+        taken_count := taken_count + 1;
+        room := room - 1;
+        RETURN NEXT;
+      END LOOP;
+      PERFORM state.settle_line(entry.tenant_id, taken_count);
+      IF taken_count = 0 THEN
+        passed := passed || entry.tenant_id;
+      END IF;
+    END LOOP;
   END LOOP;
   DELETE FROM state.executors e
   WHERE e.beat_time + greatest(e.lease_seconds, full_lease_seconds) * interval '1 s' <= moment
