@@ -161,6 +161,52 @@ async def test_what_is_sent_is_the_instructions_the_input_and_the_tools(
     assert (body["model"], body["stream"]) == (NAMES[provider], True)
 
 
+async def test_settings_go_over_the_wire_as_the_provider_names_them(
+    provider: str, server: ModelServer, shop: Shop
+) -> None:
+    schema = {"type": "object", "required": ["answer"]}
+    asked = {"temperature": 0.5, "max_tokens": 99, "structured": True, "options": {"seed": 7}}
+    server.script(Reply(FRAMES[provider](['{"answer": 1}'])))
+    await made(provider, server, shop, output_schema=schema, **asked).think(turn(), unheard)
+    body = server.asked[0].body
+    assert (body["temperature"], body["max_tokens"], body["seed"]) == (0.5, 99, 7)
+    told = {
+        "openai": lambda: body["response_format"]["json_schema"]["schema"],
+        "anthropic": lambda: body["output_config"]["format"]["schema"],
+    }
+    assert told[provider]() == schema
+
+
+async def test_a_conversation_with_calls_is_taken_also_where_there_are_no_tools(
+    provider: str, server: ModelServer, shop: Shop
+) -> None:
+    model = made(provider, server, shop)
+    server.script(Reply(FRAMES[provider](["Look."], [("diagnostics__echo", "{}")])), Reply(FRAMES[provider](["Yes."])))
+    thought = await model.think(turn(), unheard)
+    await model.think(turn(**stepped(thought), tools=()), unheard)
+    body = server.asked[-1].body
+    if provider == "openai":
+        assert "tools" not in body
+    else:
+        assert [tool["name"] for tool in body["tools"]] == ["diagnostics__echo"]
+        assert body["tool_choice"] == {"type": "none"}
+
+
+async def test_calls_that_a_server_tells_apart_by_their_ids_alone_are_told_apart(
+    server: ModelServer, shop: Shop
+) -> None:
+    calls = [
+        {"index": 0, "id": f"id-{number}", "function": {"name": "diagnostics__echo", "arguments": f'{{"n":{number}}}'}}
+        for number in (1, 2)
+    ]
+    delta = [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": None} for call in calls]
+    ends = [{"index": 0, "delta": {}, "finish_reason": "stop"}]
+    frames = [b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n" for choice in [*delta, *ends]]
+    server.script(Reply(frames))
+    thought = await made("openai", server, shop).think(turn(), unheard)
+    assert [call.arguments for call in thought.calls] == [b'{"n":1}', b'{"n":2}']
+
+
 async def test_calls_come_beside_each_other_and_their_results_go_back(
     model: Model, provider: str, server: ModelServer
 ) -> None:

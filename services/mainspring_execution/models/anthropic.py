@@ -68,12 +68,12 @@ def make_request(endpoint: Endpoint, question: Question) -> dict[str, Any]:
         # The wire takes no conversation with calls unless there are tools; none of these may be called.
         request["tools"] = [_describe(types_pb2.Tool(name=name)) for name in sorted(called)]
         request["tool_choice"] = {"type": "none"}
-    if endpoint.temperature is not None:
-        request["temperature"] = endpoint.temperature
     if endpoint.structured and question.schema is not None:
         request["output_config"] = {"format": {"type": "json_schema", "schema": dict(question.schema)}}
-    if endpoint.options:
-        request["extra_body"] = dict(endpoint.options)
+    # The SDK has no argument for it any more; models that still take it do.
+    tempered = {} if endpoint.temperature is None else {"temperature": endpoint.temperature}
+    if extra := {**tempered, **endpoint.options}:
+        request["extra_body"] = extra
     return request
 
 
