@@ -15,7 +15,7 @@ class ExecutionSettings(ServiceSettings):
     registry_target: str = Field(min_length=1, description="the registry: host:port[,host:port…] or dns:///name:port")
     dispatcher_target: str = Field(min_length=1, description="the dispatcher, in the same syntax")
     state_target: str = Field(min_length=1, description="state, in the same syntax")
-    runs_max: int = Field(2_000, ge=1, le=10_000, description="runs driven at once; above it starts are refused")
+    runs_max: int = Field(2_000, ge=1, le=10_000, description="runs driven at once; above it they wait in line")
     credentials_dir: str = Field(
         "",
         description="folder of model providers' keys, `<tenant>/<name>` or `<name>`; besides `MAINSPRING_CREDENTIAL_*`",

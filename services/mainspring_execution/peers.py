@@ -205,6 +205,12 @@ class Registry:
             answer = await self._stub.ResolveAgent(request, **self._peer.call(context))
         return answer.agent
 
+    async def get_limits(self, context: UserExecutionContext) -> registry_pb2.TenantLimits:
+        """The limits of the context's tenant; TENANT_NOT_FOUND: it has none."""
+        async with _errors("registry"):
+            answer = await self._stub.GetTenant(registry_pb2.GetTenantRequest(), **self._peer.call(context))
+        return answer.tenant.limits
+
     async def list_tools(self, context: UserExecutionContext) -> list[types_pb2.Tool]:
         """All tools that the context's tenant may call."""
         tools: list[types_pb2.Tool] = []

@@ -45,6 +45,11 @@ class AgentPlan:
     step_timeout_seconds: float = math.inf
     model_timeout_seconds: float = math.inf
     tool_timeouts: Mapping[str, float] = field(default_factory=dict)
+    # Of the agent's runs RUNNING at once, and of those of one user; 0: any number.
+    concurrent_max: int = 0
+    concurrent_per_user_max: int = 0
+    # Among the tenant's runs in line, unless the start says otherwise.
+    priority: int = 0
 
 
 def read_plan(agent: types_pb2.Agent) -> AgentPlan:
@@ -71,6 +76,9 @@ def read_plan(agent: types_pb2.Agent) -> AgentPlan:
             tool: read_seconds(timeout, field=f"tool_timeouts.{tool}")
             for tool, timeout in (spec.get("tool_timeouts") or {}).items()
         },
+        concurrent_max=int(limits.get("max_concurrent", 0)),
+        concurrent_per_user_max=int(limits.get("max_concurrent_per_user", 0)),
+        priority=int(limits.get("priority", 0)),
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from typing import Final
 
 import orjson
-from mainspring.v1 import events_pb2, execution_pb2, state_pb2
+from mainspring.v1 import events_pb2, execution_pb2, registry_pb2, state_pb2
 from mainspring_kit.errors import MainspringError, Reason, Violation
 
 from mainspring_execution.core.plan import AgentPlan
@@ -63,6 +64,7 @@ def hash_request(start: execution_pb2.StartRunRequest, session_id: str) -> bytes
         start.version.encode(),
         session_id.encode(),
         start.input,
+        *_rarely_asked(start),
     ):
         digest.update(len(part).to_bytes(4, "big"))
         digest.update(part)
@@ -80,8 +82,10 @@ def make_create(
     executor_id: str,
     follower_id: str,
     now: float,
+    limits: registry_pb2.TenantLimits,
+    queue_only: bool = False,
 ) -> tuple[state_pb2.CreateRun, events_pb2.RunEvent]:
-    """The create of a run and its agent_started; `now` in seconds since 1970."""
+    """The create of a run and its agent_started; `now` in seconds since 1970, `limits` of its tenant."""
     create = state_pb2.CreateRun(
         user_id=user_id,
         session_id=envelope.session_id,
@@ -94,10 +98,34 @@ def make_create(
         trace_id=envelope.trace_id,
         follower_id=follower_id,
         policy=start.session_policy,
+        priority=start.priority if start.HasField("priority") else plan.priority,
+        weight=limits.weight,
+        backlog_max=limits.backlog_max,
+        queue_only=queue_only,
     )
+    caps = {
+        "tenant": limits.max_concurrent,
+        f"user/{user_id}": limits.max_concurrent_per_user,
+        f"agent/{plan.agent}": plan.concurrent_max,
+        f"agent/{plan.agent}/user/{user_id}": plan.concurrent_per_user_max,
+    }
+    for scope, limit in caps.items():
+        if limit:
+            create.caps.add(scope=scope, limit=limit)
+    if start.HasField("start_time"):
+        create.due_time.CopyFrom(start.start_time)
+        now = max(now, start.start_time.seconds + start.start_time.nanos / 1e9)
     create.deadline.FromMicroseconds(int((now + plan.timeout_seconds) * 1e6))
     started = events_pb2.AgentStarted(agent_version=plan.version, input=input_json, attempt=1)
     return create, envelope.event(1, agent_started=started)
+
+
+def _rarely_asked(start: execution_pb2.StartRunRequest) -> Iterator[bytes]:
+    """What only some starts say, so that the hashes of the others stay what they were."""
+    if start.HasField("priority"):
+        yield b"priority %d" % start.priority
+    if start.HasField("start_time"):
+        yield b"start_time %d.%09d" % (start.start_time.seconds, start.start_time.nanos)
 
 
 def run_not_found(run_id: str) -> MainspringError:

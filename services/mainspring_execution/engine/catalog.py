@@ -13,6 +13,7 @@ from typing import Final
 import grpc
 from mainspring.v1 import registry_pb2, types_pb2
 from mainspring_kit import telemetry
+from mainspring_kit.errors import MainspringError, Reason
 from mainspring_kit.identity import UserExecutionContext
 from mainspring_kit.tasks import raise_if_cancelled
 
@@ -28,6 +29,7 @@ TOOLS_MAX: Final = 100_000
 PREPARED_MAX: Final = 4_096
 RECONNECT_SECONDS_MIN: Final = 0.05
 RECONNECT_SECONDS_MAX: Final = 1.0
+NO_LIMITS: Final = registry_pb2.TenantLimits()
 # The registry beats four times a second.
 SILENT_SECONDS: Final = 2.0
 
@@ -49,6 +51,7 @@ class Catalog:
         self._shop = shop
         self._newest: dict[tuple[str, str], types_pb2.Agent] = {}
         self._tools: dict[tuple[str, str], types_pb2.Tool] = {}
+        self._limits: dict[str, registry_pb2.TenantLimits] = {}
         self._prepared: OrderedDict[tuple[str, str, str], PreparedAgent] = OrderedDict()
         self._revision = 0
         self._heard_time = float("-inf")
@@ -83,10 +86,12 @@ class Catalog:
 
     def apply(self, change: registry_pb2.WatchCatalogResponse) -> None:
         """Takes a frame of the watch."""
-        for entry in change.agents:
-            self._apply_agent(entry)
+        for agent in change.agents:
+            self._apply_agent(agent)
         for tool in change.tools:
             self._keep(tool.tenant_id, tool.tool)
+        for entry in change.tenants:
+            self._limits[entry.tenant.tenant_id] = registry_pb2.TenantLimits() if entry.deleted else entry.tenant.limits
         self._revision = change.revision or self._revision
         self._heard_time = time.monotonic()
 
@@ -107,6 +112,17 @@ class Catalog:
         """The version that a run has begun with, which may no longer be what new runs get."""
         prepared = self._prepared.get((context.tenant_id, name, version))
         return prepared or await self.resolve(context, name, version=version)
+
+    async def limits_of(self, context: UserExecutionContext) -> registry_pb2.TenantLimits:
+        """What the runs of the context's tenant may take; once known, a stale copy is as good as any."""
+        if self._revision:
+            return self._limits.get(context.tenant_id, NO_LIMITS)
+        try:
+            return await self._registry.get_limits(context)
+        except MainspringError as error:
+            if error.reason_name != Reason.TENANT_NOT_FOUND.name:
+                raise
+            return NO_LIMITS
 
     def lacks(self, tools: Iterable[str], *, tenant_id: str) -> bool:
         """Whether the copy does not know a tool: it is not whole yet, or the tool was registered just now."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from google.rpc import code_pb2
-from mainspring.v1 import execution_pb2, state_pb2, types_pb2
+from mainspring.v1 import execution_pb2, registry_pb2, state_pb2, types_pb2
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError, Reason, from_status, to_status
 from mainspring_kit.identity import DEPTH_MAX, UserExecutionContext, new_id
@@ -33,6 +33,9 @@ RETRY_SECONDS: Final = 0.25
 # How long a start waits for the lease; callers give a start five seconds.
 LEASE_WAIT_SECONDS: Final = 3.0
 EARLY_INPUTS_MAX: Final = 1_024
+# How long after it had no room an executor leaves it to the database who comes next: longer than a look for claims.
+CROWDED_SECONDS: Final = 1.0
+LINING_MAX: Final = 10_000
 # State gave no verdict on a create: it may be durable, so it is sent again until there is one.
 UNDECIDED: Final = (code_pb2.UNAVAILABLE, code_pb2.DEADLINE_EXCEEDED)
 
@@ -50,6 +53,9 @@ class Runs:
         self._drives: dict[str, Drive] = {}
         self._early_inputs: OrderedDict[str, state_pb2.RunInput] = OrderedDict()
         self._under_way = 0
+        # Starts, of those under way, that only bring their runs into line.
+        self._lining = 0
+        self._crowded_until = float("-inf")
         self._idle = asyncio.Event()
         self._idle.set()
         self._log = telemetry.logger()
@@ -61,15 +67,23 @@ class Runs:
     @property
     def room(self) -> int:
         """How many runs can be driven more."""
-        return 0 if self.is_draining else max(0, self._runs_max - self._under_way)
+        return 0 if self.is_draining else max(0, self._runs_max - self._under_way + self._lining)
 
     def start(self, item: execution_pb2.StartItem, reply: Reply) -> None:
-        """Starts a run; `reply` gets the one answer, when the run is durable or refused."""
+        """Starts a run; `reply` gets the one answer, when the run is durable or refused.
+
+        Without room for it, and for a moment after, it goes to its tenant's line, from which whoever has room takes
+        runs: one that began here at once would go before those that wait, whosesoever they are.
+        """
         refusal = self._refuse_start()
-        if refusal is None:
-            self.spawn(self._start(item, reply))
-        else:
+        if refusal is not None:
             reply(_refused(item.item_id, refusal))
+            return
+        if not self.room:
+            self._crowded_until = time.monotonic() + CROWDED_SECONDS
+        is_crowded = time.monotonic() < self._crowded_until
+        self._lining += is_crowded
+        self.spawn(self._start(item, reply, queue_only=is_crowded))
 
     def spawn(self, driving: Coroutine[Any, Any, None]) -> None:
         """Runs a coroutine that drives one run (Any: as Python types coroutines), counted until it ends."""
@@ -136,24 +150,26 @@ class Runs:
             return draining()
         if self._tasks is None:
             return _no_lease()
-        if not self.room:
+        if self._lining >= LINING_MAX:
             return MainspringError(
                 Reason.QUEUE_FULL,
-                f"This executor drives {self._runs_max} runs, its maximum: try again in a moment.",
+                f"{LINING_MAX} starts are on their way into line here: try again in a moment.",
                 queue="runs",
-                limit=self._runs_max,
+                limit=LINING_MAX,
             )
         return None
 
-    async def _start(self, item: execution_pb2.StartItem, reply: Reply) -> None:
+    async def _start(self, item: execution_pb2.StartItem, reply: Reply, *, queue_only: bool) -> None:
         drive = None
         try:
-            result, drive = await self._create(item)
+            result, drive = await self._create(item, queue_only=queue_only)
         except MainspringError as error:
             result = _refused(item.item_id, error)
         except Exception as fault:  # a fault of ours in one start must not end the others
             self._log.error("start_faulted", run_id=item.context.run_id, exc_info=fault)
             result = _refused(item.item_id, internal_fault(item.context.run_id))
+        finally:
+            self._lining -= queue_only
         reply(result)
         if drive is not None:
             await self.drive(drive)
@@ -166,7 +182,9 @@ class Runs:
         except TimeoutError as error:
             raise _no_lease() from error
 
-    async def _create(self, item: execution_pb2.StartItem) -> tuple[execution_pb2.StartResult, Drive | None]:
+    async def _create(
+        self, item: execution_pb2.StartItem, *, queue_only: bool
+    ) -> tuple[execution_pb2.StartResult, Drive | None]:
         """Makes a run durable; with the drive of it if it is this process's to drive."""
         arrived = time.perf_counter()
         validate(item)
@@ -185,6 +203,8 @@ class Runs:
             asked_session_id=asked_session_id,
             input_json=input_json,
             executor_id=self._around.lease.executor_id,
+            limits=await self._around.catalog.limits_of(context),
+            queue_only=queue_only,
         )
         state_id = self._around.state.appends.pick_instance(item.state_id) or item.state_id
         lapses = self._around.lease.lapses
@@ -210,7 +230,7 @@ class Runs:
     async def _post(self, append: state_pb2.Append, state_id: str) -> state_pb2.AppendResult:
         """Appends until there is a verdict: a create without one may have made this process its holder.
 
-        Then a full queue is no verdict either.
+        Then a full queue is no verdict either; a full backlog is one, as it is only said of what was not made.
         """
         may_be_durable = False
         while True:
@@ -220,8 +240,9 @@ class Runs:
                 if not may_be_durable:
                     raise
             else:
-                is_full = answer.status.code == code_pb2.RESOURCE_EXHAUSTED
-                if answer.status.code not in UNDECIDED and not (may_be_durable and is_full):
+                code = answer.status.code
+                is_full = code == code_pb2.RESOURCE_EXHAUSTED and from_status(answer.status).reason_name == "QUEUE_FULL"
+                if code not in UNDECIDED and not (may_be_durable and is_full):
                     return answer
                 may_be_durable = True
             await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
@@ -316,6 +337,8 @@ def _make_append(
     asked_session_id: str,
     input_json: bytes,
     executor_id: str,
+    limits: registry_pb2.TenantLimits,
+    queue_only: bool,
 ) -> tuple[state_pb2.Append, types_pb2.Run]:
     now = time.time()
     envelope = Envelope(context.run_id, context.session_id, plan.agent, context.trace_id)
@@ -329,6 +352,8 @@ def _make_append(
         executor_id=executor_id,
         follower_id=item.follower_id,
         now=now,
+        limits=limits,
+        queue_only=queue_only,
     )
     started.append_id = new_id()
     append = state_pb2.Append(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
-from mainspring.v1 import execution_pb2
+from google.protobuf.timestamp_pb2 import Timestamp
+from mainspring.v1 import execution_pb2, registry_pb2, state_pb2
 from mainspring_execution.core.start import check_known_run_id, check_run_id, hash_request, make_create, read_input
 from mainspring_kit.errors import MainspringError
 
@@ -53,8 +56,11 @@ def test_the_hash_covers_all_that_was_asked_and_no_boundary_moves() -> None:
         hashed(agent="a", version="x", input=b"{}"),
         hashed(agent="a", input=b"{}", session_id="x"),
         hashed("s", agent="a", input=b"{}"),
+        hashed(agent="a", input=b"{}", priority=0),
+        hashed(agent="a", input=b"{}", priority=1),
+        hashed(agent="a", input=b"{}", start_time=Timestamp(seconds=1)),
     ]
-    assert len({base, *others}) == 7
+    assert len({base, *others}) == 10
     assert hashed(agent="ab", alias="c") != hashed(agent="a", alias="bc")
 
 
@@ -70,7 +76,11 @@ def test_a_create_carries_the_resolved_version_and_the_deadline() -> None:
         executor_id="e1",
         follower_id="g1",
         now=1_000.5,
+        limits=registry_pb2.TenantLimits(),
     )
+    assert not create.caps
+    assert not create.queue_only
+    assert not create.HasField("due_time")
     assert (create.agent, create.agent_version, create.session_id, create.follower_id) == (
         "lookup",
         "3",
@@ -80,3 +90,45 @@ def test_a_create_carries_the_resolved_version_and_the_deadline() -> None:
     assert create.deadline.ToMilliseconds() == 1_030_500
     assert create.request_hash == hash_request(start, "talk-1")
     assert (event.seq, event.agent_started.input, event.agent_started.attempt) == (1, b'{"a":1}', 1)
+
+
+def create_of(start: execution_pb2.StartRunRequest, limits: Mapping[str, object]) -> state_pb2.CreateRun:
+    create, _ = make_create(
+        plan(limits=limits),
+        start,
+        envelope=ENVELOPE,
+        user_id="ann",
+        asked_session_id="",
+        input_json=b"{}",
+        executor_id="e1",
+        follower_id="",
+        now=1_000.0,
+        limits=registry_pb2.TenantLimits(max_concurrent=9, max_concurrent_per_user=4, weight=3, backlog_max=50),
+        queue_only=True,
+    )
+    return create
+
+
+def test_a_create_says_in_which_caps_it_counts_and_what_is_its_tenants_share() -> None:
+    asked = {"max_concurrent": 7, "max_concurrent_per_user": 2, "priority": -3}
+    create = create_of(execution_pb2.StartRunRequest(agent="lookup"), asked)
+    assert {cap.scope: cap.limit for cap in create.caps} == {
+        "tenant": 9,
+        "user/ann": 4,
+        "agent/lookup": 7,
+        "agent/lookup/user/ann": 2,
+    }
+    assert (create.weight, create.backlog_max, create.priority, create.queue_only) == (3, 50, -3, True)
+
+
+def test_a_start_may_say_its_own_priority() -> None:
+    assert create_of(execution_pb2.StartRunRequest(agent="lookup", priority=0), {"priority": 5}).priority == 0
+    assert create_of(execution_pb2.StartRunRequest(agent="lookup"), {"priority": 5}).priority == 5
+
+
+@pytest.mark.parametrize(("start_seconds", "deadline_seconds"), [(1_500, 1_530), (500, 1_030)])
+def test_the_time_for_a_run_counts_from_its_start_time(start_seconds: int, deadline_seconds: int) -> None:
+    start = execution_pb2.StartRunRequest(agent="lookup", start_time=Timestamp(seconds=start_seconds))
+    create = create_of(start, {"timeout": "30s"})
+    assert create.due_time.seconds == start_seconds
+    assert create.deadline.seconds == deadline_seconds
