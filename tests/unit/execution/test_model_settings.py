@@ -92,7 +92,12 @@ def test_cached_tokens_have_their_own_price() -> None:
 def test_a_tools_name_goes_over_the_wire_and_back(tool: str) -> None:
     name = wire_name(tool)
     assert "." not in name and len(name) <= WIRE_NAME_CHARACTERS_MAX
-    assert tool_named(name, ["other", tool]) == tool
+    assert tool_named(name, [tool.replace(".", "_") + "x", tool]) == tool
+
+
+def test_no_two_tools_have_the_same_name_on_the_wire() -> None:
+    names = ["a.b.c", "a_b.c", "a.b_c", "a_b_c", "a-b.c", "x." * 63 + "y", "x." * 63 + "z"]
+    assert len({wire_name(name) for name in names}) == len(names)
 
 
 def test_a_name_that_was_not_offered_is_read_as_what_it_says() -> None:
