@@ -5,29 +5,25 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import asyncpg
 import grpc
 import pytest
 from mainspring.v1 import state_pb2, state_pb2_grpc, types_pb2
-from mainspring_kit import redis, server
+from mainspring_kit import redis
 from mainspring_kit.identity import UserExecutionContext
-from mainspring_state.__main__ import wired
-from mainspring_state.config import StateSettings
 from mainspring_state.core import hearing
 from mainspring_state.core.append import check
 from mainspring_state.store.log import Batch, LogWriter
 from mainspring_state.store.wire import CHANNEL
 
-from test_framework.grpc_testing import free_address
 from test_framework.identities import Identities, unique
 from test_framework.loop_thread import LoopThread
 from test_framework.waiting import wait_until
 from tests.contract.state_calls import (
     TIMEOUT,
-    TIMES,
     Executor,
     Publisher,
     Watcher,
@@ -37,6 +33,7 @@ from tests.contract.state_calls import (
     reason_of,
     thinking,
 )
+from tests.contract.state_processes import serving
 
 pytestmark = pytest.mark.contract
 grpc_service = "State"
@@ -51,24 +48,9 @@ NOWHERE = "redis://127.0.0.1:1"
 def serve(grpc_loop: LoopThread, contract_environment: dict[str, Any]) -> Serve:
     """Serves one more state process's worth of service while the block runs, and gives its address."""
 
-    @asynccontextmanager
-    async def serving(settings: StateSettings) -> AsyncIterator[None]:
-        service = state_pb2.DESCRIPTOR.services_by_name["StateService"]
-        add = state_pb2_grpc.add_StateServiceServicer_to_server
-        async with (
-            wired(settings) as (servicer, engine),
-            server.serving(settings, [server.Service(service, add, servicer)], ready=lambda: engine.is_ready),
-        ):
-            yield
-            engine.drain()
-
     @contextmanager
     def open_one(**changes: Any) -> Iterator[str]:
-        address = free_address()
-        settings = StateSettings(
-            **{**contract_environment, **TIMES, "listen": address, "drain_seconds": 5.0, **changes}
-        )
-        with grpc_loop.opened(lambda: serving(settings)):
+        with grpc_loop.opened(lambda: serving(contract_environment, **changes)) as address:
             yield address
 
     return open_one
