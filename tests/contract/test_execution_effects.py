@@ -16,6 +16,7 @@ from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.thought import Thought, Turn
 from mainspring_execution.engine.catalog import Catalog, PreparedAgent
 from mainspring_execution.engine.claims import Claims
+from mainspring_execution.engine.deltas import Deltas
 from mainspring_execution.engine.drive import Surroundings
 from mainspring_execution.engine.journal import UNANSWERED_APPENDS_MAX
 from mainspring_execution.engine.lease import Lease
@@ -121,6 +122,7 @@ class Endless:
     """A model that never comes to a result, and the catalog of the one agent that has it."""
 
     needs_history = False
+    needs_tools = False
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -130,7 +132,7 @@ class Endless:
     def waits(self, step: int) -> bool:
         return True
 
-    async def think(self, turn: Turn) -> Thought:
+    async def think(self, turn: Turn, emit: Callable[[str], None]) -> Thought:
         self.steps.append(turn.step)
         return Thought(model="none", text="hm", usage=types_pb2.Usage())
 
@@ -217,7 +219,7 @@ async def executing() -> AsyncIterator[Executor]:
     ):
         state, model = State(peer), Endless()
         lease = Lease(state, "executor-1")
-        around = Surroundings(state, Dispatcher(peer), cast(Catalog, model), lease)
+        around = Surroundings(state, Dispatcher(peer), cast(Catalog, model), lease, Deltas(state))
         runs = Runs(around, runs_max=RUNS_MAX)
         claims = Claims(around, runs)
         async with background(state.appends.run(), lease.beat(runs.take_input), claims.run()) as tasks:
