@@ -38,6 +38,7 @@ from tests.contract.state_calls import (
     thinking,
     wiring,
 )
+from tests.contract.state_inputs import ALLOW, WITHDRAWN, asking, paused, resolved, resumed, signalled, waiting
 from tests.contract.state_model import ModelState, in_order, real_tables, said
 
 pytestmark = pytest.mark.contract
@@ -50,13 +51,25 @@ ANSWER_SECONDS, EXAMPLE_SECONDS = 50.0, 500.0
 STALLED_MAX, PAGE_MAX, CREDIT = 3, 64, 1_000
 LEASE_SECONDS = 600.0
 EXECUTORS = (0, 1)
-CANCEL = state_pb2.RunInput(cancel=state_pb2.CancelInput()).SerializeToString()
-SIGNAL = state_pb2.RunInput(signal=state_pb2.SignalInput(name="s")).SerializeToString()
+# What may be asked of runs, an answer to an approval beside it.
+ASKED: dict[str, dict[str, Any]] = {
+    "cancel": {"cancel": state_pb2.CancelInput()},
+    "pause": {"pause": state_pb2.PauseInput()},
+    "resume": {"resume": state_pb2.ResumeInput()},
+    "signal": {"signal": state_pb2.SignalInput(name="s")},
+}
 # When runs that start later than now do.
 LATE = Timestamp(seconds=4_000_000_000)
 EARLY = datetime(1970, 1, 1, tzinfo=UTC)
-REASONS = {"": "", "ended": "RUN_ENDED", "reused": "IDEMPOTENCY_KEY_REUSED", "illegal": "TRANSITION_ILLEGAL"}
-KINDS = ("started", "thinking", "executing", "recovered", "completed", "failed", "cancelled")
+REASONS = {
+    "": "", "ended": "RUN_ENDED", "reused": "IDEMPOTENCY_KEY_REUSED", "illegal": "TRANSITION_ILLEGAL",
+    "role": "ROLE_REQUIRED", "resolved": "APPROVAL_RESOLVED",
+}  # fmt: skip
+REQUESTS = ["r1", "r2", "r3"]
+KINDS = (
+    "started", "thinking", "executing", "recovered", "completed", "failed", "cancelled", "waiting", "paused", "resumed",
+    "signalled", "asked", "resolved",
+)  # fmt: skip
 ENDS = frozenset({"agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"})
 
 
@@ -177,8 +190,7 @@ class Session:
                 await asyncio.sleep(0)
 
     async def put_input(self, user: UserExecutionContext, run_id: str, request_id: str, **asked: Any) -> str:
-        """Asks for something, a cancel unless said otherwise; the reason for which it was refused."""
-        asked = asked or {"cancel": state_pb2.CancelInput()}
+        """Asks for something; the reason for which it was refused."""
         request = state_pb2.PutInputRequest(run_id=run_id, request_id=request_id, **asked)
         metadata = self.bench.identities.metadata(user.tenant_id, user.user_id)
         try:
@@ -201,19 +213,22 @@ def error_reason(error: grpc.aio.AioRpcError) -> str:
     return from_rpc_error(error).reason_name
 
 
-def event_of(kind: str) -> events_pb2.RunEvent:
-    """An event of a kind, without its place."""
+def event_of(kind: str, run_id: str, seq: int) -> events_pb2.RunEvent:
+    """An event of a kind; of an approval, the one that is asked for in #2 or, in some runs, by operators alone."""
     if kind == "executing":
         return events_pb2.RunEvent(tool_executing=events_pb2.ToolExecuting(call_id="c", tool="t"))
     if kind == "recovered":
         return events_pb2.RunEvent(run_recovered=events_pb2.RunRecovered(attempt=1))
     if kind == "failed":
         return events_pb2.RunEvent(agent_failed=events_pb2.AgentFailed(error=types_pb2.RunError(reason="R")))
-    if kind == "waiting":
-        return events_pb2.RunEvent(agent_waiting=events_pb2.AgentWaiting(wait_for=types_pb2.WAIT_KIND_SIGNAL))
-    if kind == "paused":
-        return events_pb2.RunEvent(agent_paused=events_pb2.AgentPaused(requested_by="ann"))
-    made = {"started": started, "thinking": thinking, "completed": completed, "cancelled": cancelled}
+    if kind == "asked":
+        return asking(run_id, seq, role="" if seq % 2 else "operator")
+    if kind == "resolved":
+        return resolved(run_id, max(1, seq - 1), WITHDRAWN)
+    made = {
+        "started": started, "thinking": thinking, "completed": completed, "cancelled": cancelled, "waiting": waiting,
+        "paused": paused, "resumed": resumed, "signalled": signalled,
+    }  # fmt: skip
     return made[kind]()
 
 
@@ -304,7 +319,7 @@ class StateMachine(RuleBasedStateMachine):
         sender = self._session.executors[executor]
         append = self._next(sender, first, kinds, epoch_offset=epoch_offset, seq_offset=seq_offset)
         if consumes:
-            append.consumed_request_ids.extend(["r1", "r2"])
+            append.consumed_request_ids.extend(REQUESTS[:2])
         self._send(sender, [append])
         return append
 
@@ -327,47 +342,83 @@ class StateMachine(RuleBasedStateMachine):
         self, sender: Executor, first: state_pb2.Append, kinds: list[str], *, epoch_offset: int = 0, seq_offset: int = 0
     ) -> state_pb2.Append:
         run = self._model.schema.runs.get((self._tenant_id, first.run_id), {"last_seq": 0, "epoch": 1})
+        after = max(0, run["last_seq"] + seq_offset)
         return sender.append(
             self._log[first.run_id],
             first.run_id,
-            *map(event_of, kinds),
-            after=max(0, run["last_seq"] + seq_offset),
+            *(event_of(kind, first.run_id, seq) for seq, kind in enumerate(kinds, after + 1)),
+            after=after,
             epoch=max(1, run["epoch"] + epoch_offset),
         )
 
-    @rule(append=appends, request_id=st.sampled_from(["r1", "r2"]), is_foreign=st.booleans())
-    def ask(self, append: state_pb2.Append, request_id: str, is_foreign: bool) -> None:
-        """Somebody asks for the run's end: its user, or another who must not know of it."""
-        owner = self._log[append.run_id]
+    @rule(
+        target=appends,
+        parent=appends,
+        executor=st.sampled_from(EXECUTORS),
+        is_foreign=st.sampled_from([False, False, False, True]),
+        hook=st.sampled_from(["", "http://hook.test"]),
+    )
+    def branch(self, parent: state_pb2.Append, executor: int, is_foreign: bool, hook: str) -> state_pb2.Append:
+        """Makes a sub-run of a run, or finds that this has ended, never was, or is somebody else's."""
+        sender, owner = self._session.executors[executor], self._log[parent.run_id]
         user = next(user for user in self._users if (user is owner) != is_foreign)
-        stored = self._model.schema.put_input(
-            self._tenant_id, user.user_id, append.run_id, request_id, user.user_id, "cancel", CANCEL,
-            UNCONSUMED_MAX, 0, 0, b"", [], False,
+        append = sender.create(
+            user, session_id="a", parent_run_id=parent.run_id, root_run_id=parent.run_id, parent_call_id="c", depth=1,
+            attempt=2, webhook=state_pb2.Webhook(url=hook) if hook else None,
         )  # fmt: skip
-        expected = "RUN_NOT_FOUND" if stored is None else REASONS[stored["reason"]]
-        assert self.run(self._session.put_input(user, append.run_id, request_id)) == expected
+        self._log[append.run_id] = user
+        self._send(sender, [append])
+        return append
 
-    @rule(append=appends, executor=st.sampled_from(EXECUTORS), kind=st.sampled_from(["waiting", "paused", "thinking"]))
-    def release(self, append: state_pb2.Append, executor: int, kind: str) -> None:
-        """Its holder lets a run go: it waits, is paused, or is handed back."""
+    @rule(
+        append=appends,
+        executor=st.sampled_from(EXECUTORS),
+        kinds=st.sampled_from([["waiting"], ["waiting"], ["paused"], ["thinking"], ["asked", "waiting"], []]),
+        is_due=st.booleans(),
+        consumed=st.lists(st.sampled_from(REQUESTS), max_size=2),
+    )
+    def release(
+        self, append: state_pb2.Append, executor: int, kinds: list[str], is_due: bool, consumed: list[str]
+    ) -> None:
+        """Its holder lets a run go: it waits, is paused, or is handed back; maybe with nothing new to say."""
         sender = self._session.executors[executor]
-        released = self._next(sender, append, [kind])
+        released = self._next(sender, append, kinds)
         released.release.SetInParent()
-        if kind == "thinking":
+        released.consumed_request_ids.extend(consumed)
+        if is_due:
             released.release.due_time.FromSeconds(1)
         self._send(sender, [released])
 
-    @rule(append=appends, request_id=st.sampled_from(["s1", "s2"]))
-    def signal(self, append: state_pb2.Append, request_id: str) -> None:
-        """Something comes that wakes a run which waits."""
+    @rule(
+        append=appends,
+        kind=st.sampled_from(sorted(ASKED)),
+        request_id=st.sampled_from(REQUESTS),
+        is_foreign=st.sampled_from([False, False, True]),
+    )
+    def ask(self, append: state_pb2.Append, kind: str, request_id: str, is_foreign: bool) -> None:
+        """Somebody asks something of a run: its user, or another who must not know of it."""
+        self._ask(append, request_id, is_foreign=is_foreign, **ASKED[kind])
+
+    @rule(append=appends, request_id=st.sampled_from(REQUESTS), is_foreign=st.sampled_from([False, False, True]))
+    def answer(self, append: state_pb2.Append, request_id: str, is_foreign: bool) -> None:
+        """Somebody answers the approval that a run asked for last, or none."""
+        seq = max(self._model.schema.approvals.get((self._tenant_id, append.run_id), {1: None}))
+        answer = state_pb2.ApprovalInput(approval_id=f"{append.run_id}.{seq}", decision=ALLOW, data=b"1")
+        self._ask(append, request_id, is_foreign=is_foreign, approval=answer)
+
+    def _ask(self, append: state_pb2.Append, request_id: str, *, is_foreign: bool, **asked: Any) -> None:
         owner = self._log[append.run_id]
+        user = next(user for user in self._users if (user is owner) != is_foreign)
+        run_input = state_pb2.RunInput(**asked)
+        answer = run_input.approval
         stored = self._model.schema.put_input(
-            self._tenant_id, owner.user_id, append.run_id, request_id, owner.user_id, "signal", SIGNAL,
-            UNCONSUMED_MAX, 0, 0, b"", [], False,
+            self._tenant_id, user.user_id, append.run_id, request_id, user.user_id, run_input.WhichOneof("input") or "",
+            run_input.SerializeToString(), UNCONSUMED_MAX, int(answer.approval_id.partition(".")[2] or 0),
+            answer.decision, answer.data, [], False,
         )  # fmt: skip
-        expected = "RUN_NOT_FOUND" if stored is None else REASONS[stored["reason"]]
-        asked = {"signal": state_pb2.SignalInput(name="s")}
-        assert self.run(self._session.put_input(owner, append.run_id, request_id, **asked)) == expected
+        unknown = "APPROVAL_NOT_FOUND" if run_input.HasField("approval") else "RUN_NOT_FOUND"
+        expected = unknown if stored is None else REASONS[stored["reason"]]
+        assert self.run(self._session.put_input(user, append.run_id, request_id, **asked)) == expected
 
     @rule(executor=st.sampled_from(EXECUTORS))
     def beat(self, executor: int) -> None:
