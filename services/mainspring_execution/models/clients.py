@@ -36,12 +36,16 @@ class Clients:
 
     def __init__(self, *, clients_max: int = CLIENTS_MAX) -> None:
         self._clients_max = clients_max
+        # Those that are whole; a module is there before it is.
+        self._sdks: dict[str, ModuleType] = {}
         self._kept: OrderedDict[tuple[str, str, bytes], _Kept] = OrderedDict()
 
     @asynccontextmanager
     async def use(self, endpoint: Endpoint, key: str) -> AsyncIterator[tuple[Any, ModuleType]]:
         """The client (Any: of either SDK) and its SDK, for one answer."""
-        sdk = await load_sdk(endpoint.provider)
+        sdk = self._sdks.get(endpoint.provider)
+        if sdk is None:
+            sdk = self._sdks[endpoint.provider] = await load_sdk(endpoint.provider)
         address = (endpoint.provider, endpoint.base_url, hashlib.sha256(key.encode()).digest())
         kept = self._kept.get(address)
         if kept is None:
