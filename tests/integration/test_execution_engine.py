@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -18,6 +19,7 @@ from mainspring.v1 import types_pb2
 
 from test_framework.agents import Spec, call, echo_agent, scripted_agent, step
 from test_framework.base_integration_test import BaseIntegrationTest
+from test_framework.gate import Gate, gated_agent
 from test_framework.identities import make_context, unique
 from test_framework.rows import Row, check_gapless
 from test_framework.stack import PROCESSES, Stack
@@ -30,6 +32,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.real_services]
 STAGES = ["initialization", "preprocessing", "core_execution", "postprocessing", "completion"]
 CONCURRENT_USERS = 12
 RUNS_PER_HALF = 25
+CAP = 2
+RUNS_OVER_CAP = 3
 
 
 def workflow_agent() -> Spec:
@@ -267,3 +271,29 @@ class TestAgentExecutionEngine(BaseIntegrationTest):
         assert row["released_time"] is not None
         leases = "SELECT 1 FROM state.leases WHERE run_id = $1::text::uuid"
         assert not await user.stack.rows.as_owner(leases, run_id)
+
+    async def test_per_user_concurrency_limit_queues_not_drops(
+        self, real_services_fixture: Stack, tmp_path: Path
+    ) -> None:
+        tenant_id = unique("tenant")
+        busy, other = [await self.open_user(real_services_fixture, make_context(tenant_id)) for _ in range(2)]
+        gate = Gate(tmp_path)
+        await busy.register({**gated_agent(), "limits": {"max_concurrent_per_user": CAP}})
+        wish: dict[str, Any] = {"gate": gate.path}
+
+        async with busy.stream() as socket, other.stream() as quiet:
+            run_ids = [await socket.start("gated", {**wish, "value": index}) for index in range(CAP + RUNS_OVER_CAP)]
+            await gate.wait_for(CAP)
+            # Another user's run begins at once, beside all that wait.
+            other_id = await quiet.start("gated", {**wish, "value": "other"})
+            await gate.wait_for(CAP + 1)
+            states = [row["state"] for row in await busy.stack.rows.runs(busy.context)]
+            assert states.count(types_pb2.RUN_STATE_RUNNING) == CAP
+            assert states.count(types_pb2.RUN_STATE_QUEUED) == RUNS_OVER_CAP
+            assert {call_id.split(".")[0] for call_id in gate.come()} == {*run_ids[:CAP], other_id}
+            gate.open()
+            logs = [await socket.ended(run_id) for run_id in run_ids]
+            assert (await quiet.ended(other_id))[-1]["data"]["result"]["answer"] == "other"
+
+        assert [log[-1]["data"]["result"]["answer"] for log in logs] == list(range(CAP + RUNS_OVER_CAP))
+        assert len(gate.effects()) == CAP + RUNS_OVER_CAP + 1
