@@ -23,7 +23,7 @@ class ExecutionSettings(ServiceSettings):
     prices_file: str = Field("", description="TOML file of models' prices, besides the platform's own")
     model_base_urls: str = Field(
         "",
-        description="what `model.base_url` of a specification may be, comma-separated; `*`: anything, as in development",
+        description="what `model.base_url` of a specification may be, comma-separated; `*`: all, as in development",
     )
 
     def model_addresses(self) -> frozenset[str]:
