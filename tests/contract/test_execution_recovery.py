@@ -195,23 +195,17 @@ async def test_twenty_runs_in_mid_call_all_go_on(ann: Caller, settings: Executio
         assert names(await ann.log(run_id)).count("tool_completed") == 1
 
 
-async def test_an_executor_at_its_bound_refuses_with_a_time_to_come_back(
+async def test_a_start_at_the_bound_of_an_executor_waits_in_line_for_whoever_has_room(
     ann: Caller, contract_environment: dict[str, Any]
 ) -> None:
     await ann.register(scripted_agent("brief", step("Hm.", delay="600ms"), DONE))
     async with doomed(ExecutionSettings(**contract_environment, runs_max=1)) as execution:
-        run_id = await start_on(execution, ann, agent="brief")
-        refused: list[pb.StartResult] = []
-        execution.runs.start(pb.StartItem(item_id=7), refused.append)
-        error = from_status(refused[0].status)
-        assert (error.reason_name, error.metadata, error.retry_after_seconds) == (
-            "QUEUE_FULL",
-            {"queue": "runs", "limit": "1"},
-            1.0,
-        )
-        await ann.end_of(run_id)
-        await wait_until(lambda: execution.runs.room == 1)
-        await ann.end_of(await start_on(execution, ann, agent="brief"))
+        first = await start_on(execution, ann, agent="brief")
+        others = [await start_on(execution, ann, agent="brief") for _ in range(3)]
+        runs = [await ann.end_of(run_id) for run_id in (first, *others)]
+        assert {run.state for run in runs} == {types_pb2.RUN_STATE_COMPLETED}
+        # Whoever begins a run at once does so under its first epoch.
+        assert [run.epoch for run in runs] == [1, 2, 2, 2]
 
 
 async def test_a_lapse_of_the_lease_while_a_run_is_created_lets_its_first_effect_ask_whose_it_is(
