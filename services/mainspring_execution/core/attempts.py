@@ -46,8 +46,8 @@ def choose_fallback(
 def decide_next_attempt(
     plan: AgentPlan,
     failures: Sequence[events_pb2.AttemptFailed],
-    error: types_pb2.RunError,
     *,
+    error: types_pb2.RunError,
     fallbacks: int,
     repairs: int,
     retries_left: int,

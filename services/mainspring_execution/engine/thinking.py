@@ -133,7 +133,7 @@ class Thinking:
         retry_time = decide_next_attempt(
             plan,
             progress.failures,
-            error,
+            error=error,
             fallbacks=model.fallbacks - self._first_asked(agent),
             repairs=model.repairs,
             retries_left=plan.retries_max - progress.retries,

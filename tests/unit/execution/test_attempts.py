@@ -34,7 +34,7 @@ def next_time(failures: list[events_pb2.AttemptFailed], last: events_pb2.Attempt
         "now": NOW,
         "deadline": NOW + 300,
     }
-    return decide_next_attempt(PLAN, failures, last.error, **{**settings, **changes})
+    return decide_next_attempt(PLAN, failures, error=last.error, **{**settings, **changes})
 
 
 @pytest.mark.parametrize(
