@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 from google.rpc import code_pb2
-from mainspring.v1 import execution_pb2, types_pb2
+from mainspring.v1 import execution_pb2, registry_pb2, types_pb2
 from mainspring.v1 import state_pb2 as pb
 from mainspring.v1 import state_pb2_grpc as rpc
 from mainspring_execution.core.plan import AgentPlan
@@ -123,6 +123,7 @@ class Endless:
 
     needs_history = False
     needs_tools = False
+    fallbacks = repairs = 0
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -141,6 +142,9 @@ class Endless:
 
     async def recall(self, context: object, name: str, *, version: str) -> PreparedAgent:
         return self._agent
+
+    async def limits_of(self, context: object) -> registry_pb2.TenantLimits:
+        return registry_pb2.TenantLimits()
 
 
 class Crowded(BatchPool[pb.Append, pb.AppendResult]):

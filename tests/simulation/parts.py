@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import orjson
-from mainspring.v1 import dispatcher_pb2, state_pb2, types_pb2
+from mainspring.v1 import dispatcher_pb2, registry_pb2, state_pb2, types_pb2
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.thought import Thought, Turn, WantedCall
 from mainspring_execution.engine.catalog import PreparedAgent
@@ -103,6 +103,10 @@ class Catalog:
     async def recall(self, context: UserExecutionContext, name: str, *, version: str) -> PreparedAgent:
         """The agent."""
         return self._agents[name]
+
+    async def limits_of(self, context: UserExecutionContext) -> registry_pb2.TenantLimits:
+        """None."""
+        return registry_pb2.TenantLimits()
 
     def lacks(self, tools: Iterable[str], *, tenant_id: str) -> bool:
         """Nothing."""
