@@ -41,15 +41,14 @@ async def gate(folder: str, context: ToolContext) -> dict[str, Any]:
 
 
 @tool(name="probe.stall", effect="pure", timeout=HELD_SECONDS_MAX)
-async def stall(seconds: float, context: ToolContext, *, attempts: int = 1) -> dict[str, int]:
-    """Takes its time at the first attempts, and none at the next.
+async def stall(context: ToolContext, *, attempts: int = 1) -> dict[str, int]:
+    """Never ends at the first attempts, and at once at the next.
 
     Args:
-        seconds: How long.
         attempts: At so many of them.
     """
     if context.attempt <= attempts:
-        await asyncio.sleep(seconds)
+        await asyncio.Event().wait()
     return {"attempt": context.attempt}
 
 
@@ -62,7 +61,6 @@ async def hold(folder: str, context: ToolContext) -> None:
     """
     (Path(folder) / f"{context.call_id}.begun").touch()
     try:
-        await asyncio.sleep(HELD_SECONDS_MAX)
-    except asyncio.CancelledError:
+        await asyncio.Event().wait()
+    finally:
         (Path(folder) / f"{context.call_id}.stopped").touch()
-        raise

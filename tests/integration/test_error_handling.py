@@ -70,7 +70,7 @@ class TestAgentErrorHandling(BaseIntegrationTest):
         await user.register(
             demanding(
                 "hasty",
-                call("probe.stall", seconds=30),
+                call("probe.stall"),
                 tool_timeouts={"probe.stall": "400ms"},
                 errors={"timeout": {"attempts": 2, "backoff": QUICK}},
             )
