@@ -14,7 +14,7 @@ from mainspring_kit.identity import caller_variable, current_context
 from mainspring_kit.interceptors import ServicerContext
 
 from mainspring_registry.core import catalog
-from mainspring_registry.core.schedules import read_schedule, timetable
+from mainspring_registry.core.schedules import read_name, read_schedule, timetable
 from mainspring_registry.core.spec import read_agent
 from mainspring_registry.core.tenants import read_tenant
 from mainspring_registry.core.tools import read_tools
@@ -114,7 +114,7 @@ class RegistryServicer(rpc.RegistryServiceServicer):
 
     async def GetSchedule(self, request: pb.GetScheduleRequest, context: ServicerContext) -> pb.GetScheduleResponse:
         """See registry.proto."""
-        return pb.GetScheduleResponse(schedule=await self._schedules.get(current_context(), request.name))
+        return pb.GetScheduleResponse(schedule=await self._schedules.get(current_context(), read_name(request.name)))
 
     async def ListSchedules(
         self, request: pb.ListSchedulesRequest, context: ServicerContext
@@ -127,7 +127,7 @@ class RegistryServicer(rpc.RegistryServiceServicer):
         self, request: pb.DeleteScheduleRequest, context: ServicerContext
     ) -> pb.DeleteScheduleResponse:
         """See registry.proto."""
-        await self._schedules.delete(current_context(), request.name)
+        await self._schedules.delete(current_context(), read_name(request.name))
         return pb.DeleteScheduleResponse()
 
     async def WatchCatalog(

@@ -21,16 +21,26 @@ from mainspring_kit.identity import ROLE_NAMES, UserExecutionContext, new_id
 from mainspring_registry.servicer import RegistryServicer
 from mainspring_state.servicer import StateServicer
 
-from test_framework.agents import echo_agent, scripted_agent, step
+from test_framework.agents import call, echo_agent, scripted_agent, step
 from test_framework.grpc_testing import descriptor_of, stub_class
 from test_framework.identities import Identities, Metadata, make_context, unique
 from test_framework.stack import Stack
+from test_framework.waiting import wait_until_blocking
 
 CALL_SECONDS: Final = 20.0
 # A claim stream says nothing while there is nothing to claim.
 SILENT: Final = {"ClaimRuns"}
 SILENT_SECONDS: Final = 0.5
 SLOW_AGENT: Final = "slow"
+ASKING_AGENT: Final = "asking"
+SCHEDULE: Final = "nightly"
+# What is asked of a run under way.
+CONTROLS: Final = (
+    execution_pb2.CancelRunRequest,
+    execution_pb2.PauseRunRequest,
+    execution_pb2.ResumeRunRequest,
+    execution_pb2.SignalRunRequest,
+)
 # More than any message may have; the client does not mind.
 LARGE_BYTES: Final = MESSAGE_BYTES_MAX + 1
 _OPTIONS: Final = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
@@ -180,7 +190,8 @@ class World:
         world = cls(wire, user, "echo", "")
         register, start = rpc_named("RegisterAgent"), rpc_named("StartRun")
         slow = scripted_agent(SLOW_AGENT, step("I take my time.", delay="5s", result=1))
-        for spec in (echo_agent(world.agent), slow):
+        asking = scripted_agent(ASKING_AGENT, step("May I?", call("human.approve", title="May I?")))
+        for spec in (echo_agent(world.agent), slow, asking):
             document = orjson.dumps(spec)
             wire.answer(register, registry_pb2.RegisterAgentRequest(document=document), world.metadata(register))
         request = execution_pb2.StartRunRequest(agent=world.agent, input=b'{"value": 1}', session_id=user.session_id)
@@ -201,30 +212,47 @@ class World:
         """A request that is answered without an error."""
         made = self._requests()[rpc.name]
         assert isinstance(made, rpc.request_class)
-        if isinstance(made, execution_pb2.CancelRunRequest | state_pb2.PutInputRequest):
+        if isinstance(made, (state_pb2.PutInputRequest, *CONTROLS)):
             made.run_id = self.start()
+        if isinstance(made, execution_pb2.ResumeRunRequest):
+            self._say("PauseRun", execution_pb2.PauseRunRequest(run_id=made.run_id))
         if isinstance(made, registry_pb2.GetTenantRequest | registry_pb2.DeleteTenantRequest):
-            put = rpc_named("PutTenant")
-            self.wire.answer(put, registry_pb2.PutTenantRequest(), self.metadata(put))
+            self._say("PutTenant", registry_pb2.PutTenantRequest())
+        if "Schedule" in rpc.name and rpc.name != "PutSchedule":
+            self._say("PutSchedule", self._requests()["PutSchedule"])
+        if isinstance(made, state_pb2.GetApprovalRequest | execution_pb2.ResolveApprovalRequest):
+            made.approval_id = self.ask()
+        if isinstance(made, state_pb2.ListApprovalsRequest):
+            self.ask()
         return made
+
+    def ask(self) -> str:
+        """Starts a run that asks for leave, and gives the approval's id once it is open."""
+        question = state_pb2.ListApprovalsRequest(run_id=self.start(agent=ASKING_AGENT))
+        opened = wait_until_blocking(lambda: self._say("ListApprovals", question).approvals, what="the approval")
+        approval_id: str = opened[0].approval_id
+        return approval_id
+
+    def _say(self, name: str, request: Message) -> Any:  # Any: answers have no common base
+        rpc = rpc_named(name)
+        return self.wire.answer(rpc, request, self.metadata(rpc))
 
     def start(self, **fields: Any) -> str:
         """Starts a run that takes its time, and gives its id; `fields` (Any) are StartRunRequest's."""
-        start = rpc_named("StartRun")
-        request = execution_pb2.StartRunRequest(agent=SLOW_AGENT, **fields)
-        run_id: str = self.wire.answer(start, request, self.metadata(start)).run_id
+        run_id: str = self._say("StartRun", execution_pb2.StartRunRequest(**{"agent": SLOW_AGENT, **fields})).run_id
         return run_id
 
     def _requests(self) -> Mapping[str, Message]:
         context = self.user.to_message()
         context.run_id = new_id()
         start = execution_pb2.StartRunRequest(agent=self.agent, input=b'{"value": 1}')
-        call = dispatcher_pb2.ToolCall(
+        tool_call = dispatcher_pb2.ToolCall(
             item_id=1, context=context, call_id=new_id(), tool="diagnostics.echo", arguments=b"{}", attempt=1
         )
-        call.effect = types_pb2.EFFECT_CLASS_PURE
-        tool = types_pb2.Tool(name="matrix.tool", input_schema=b'{"type": "object"}', effect=call.effect)
+        tool_call.effect = types_pb2.EFFECT_CLASS_PURE
+        tool = types_pb2.Tool(name="matrix.tool", input_schema=b'{"type": "object"}', effect=tool_call.effect)
         hello = dispatcher_pb2.AttachHello(worker_id=new_id(), tools=[tool], concurrency=1)
+        schedule = {"apiVersion": "mainspring/v1", "kind": "Schedule", "name": SCHEDULE, "cron": "0 0 1 1 *"}
         return {
             "RegisterAgent": registry_pb2.RegisterAgentRequest(document=orjson.dumps(echo_agent(self.agent))),
             "GetAgent": registry_pb2.GetAgentRequest(name=self.agent),
@@ -237,8 +265,12 @@ class World:
             "GetTenant": registry_pb2.GetTenantRequest(),
             "ListTenants": registry_pb2.ListTenantsRequest(),
             "DeleteTenant": registry_pb2.DeleteTenantRequest(),
+            "PutSchedule": registry_pb2.PutScheduleRequest(document=orjson.dumps(schedule | {"agent": self.agent})),
+            "GetSchedule": registry_pb2.GetScheduleRequest(name=SCHEDULE),
+            "ListSchedules": registry_pb2.ListSchedulesRequest(),
+            "DeleteSchedule": registry_pb2.DeleteScheduleRequest(name=SCHEDULE),
             "WatchCatalog": registry_pb2.WatchCatalogRequest(),
-            "CallTools": dispatcher_pb2.CallToolsRequest(calls=[call]),
+            "CallTools": dispatcher_pb2.CallToolsRequest(calls=[tool_call]),
             "CancelCalls": dispatcher_pb2.CancelCallsRequest(tenant_id=self.user.tenant_id, call_ids=["none"]),
             "Attach": dispatcher_pb2.AttachRequest(hello=hello),
             "StartRun": start,
@@ -246,6 +278,11 @@ class World:
                 starts=[execution_pb2.StartItem(item_id=1, context=context, start=start)]
             ),
             "CancelRun": execution_pb2.CancelRunRequest(),
+            "PauseRun": execution_pb2.PauseRunRequest(),
+            "ResumeRun": execution_pb2.ResumeRunRequest(),
+            "SignalRun": execution_pb2.SignalRunRequest(name="go"),
+            "ResolveApproval": execution_pb2.ResolveApprovalRequest(decision=types_pb2.APPROVAL_DECISION_ALLOW),
+            "ExplainRun": execution_pb2.ExplainRunRequest(run_id=self.run_id),
             "Append": state_pb2.AppendRequest(),
             "PutInput": state_pb2.PutInputRequest(cancel=state_pb2.CancelInput()),
             "ClaimRuns": state_pb2.ClaimRunsRequest(executor_id=unique("matrix"), credit=1),
@@ -259,6 +296,9 @@ class World:
             "CreateSession": state_pb2.CreateSessionRequest(session_id=unique("session")),
             "GetSession": state_pb2.GetSessionRequest(session_id=self.user.session_id),
             "ListSessions": state_pb2.ListSessionsRequest(),
+            "GetApproval": state_pb2.GetApprovalRequest(),
+            "ListApprovals": state_pb2.ListApprovalsRequest(),
+            "ListRunMetrics": state_pb2.ListRunMetricsRequest(),
         }
 
 

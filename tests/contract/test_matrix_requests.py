@@ -96,7 +96,7 @@ def test_text_of_any_size_and_kind_is_answered_or_refused_with_a_reason(world: W
 @pytest.mark.parametrize("rpc", [rpc for rpc in UNARY if "name" in rpc.method.input_type.fields_by_name], ids=str)
 def test_a_request_that_breaks_a_rule_names_the_field(world: World, rpc: Rpc) -> None:
     request: Any = world.request(rpc)
-    request.name = "x" * 64
+    request.name = "x" * 101
     with pytest.raises(grpc.RpcError) as raised:
         world.wire.answer(rpc, request, world.metadata(rpc))
     error = error_of(raised.value)
@@ -148,6 +148,16 @@ OWN = {
     "ListVersions": "AGENT_NOT_FOUND",
     "StartRun": "AGENT_NOT_FOUND",
     "CancelRun": "RUN_NOT_FOUND",
+    "PauseRun": "RUN_NOT_FOUND",
+    "ResumeRun": "RUN_NOT_FOUND",
+    "SignalRun": "RUN_NOT_FOUND",
+    "ExplainRun": "RUN_NOT_FOUND",
+    "ResolveApproval": "APPROVAL_NOT_FOUND",
+    "GetApproval": "APPROVAL_NOT_FOUND",
+    "GetSchedule": "SCHEDULE_NOT_FOUND",
+    "DeleteSchedule": "SCHEDULE_NOT_FOUND",
+    "GetTenant": "TENANT_NOT_FOUND",
+    "DeleteTenant": "TENANT_NOT_FOUND",
     "PutInput": "RUN_NOT_FOUND",
     "GetRun": "RUN_NOT_FOUND",
     "WaitRun": "RUN_NOT_FOUND",
@@ -155,7 +165,12 @@ OWN = {
     "GetSession": "SESSION_NOT_FOUND",
 }
 # What lists or makes: a stranger gets answers about nothing but a stranger's own.
-LISTS = {"ListAgents", "ListTools", "ListRuns", "ListSessions", "RegisterAgent", "RegisterTools", "CreateSession"}
+LISTS = {
+    *("ListAgents", "ListTools", "ListRuns", "ListSessions", "ListApprovals", "ListRunMetrics", "ListSchedules"),
+    *("ListTenants", "RegisterAgent", "RegisterTools", "CreateSession", "PutSchedule", "PutTenant"),
+}
+# What belongs to all of a tenant.
+SHARED = ("AGENT_NOT_FOUND", "SCHEDULE_NOT_FOUND", "TENANT_NOT_FOUND")
 
 
 def test_every_unary_rpc_is_held_against_strangers() -> None:
@@ -167,7 +182,7 @@ def test_every_unary_rpc_is_held_against_strangers() -> None:
 def test_what_is_somebody_elses_is_not_found(world: World, rpc: Rpc) -> None:
     reason = OWN[rpc.name]
     strangers = [make_context()]
-    if "AGENT" not in reason:  # agents belong to the tenant
+    if reason not in SHARED:
         strangers.append(make_context(world.user.tenant_id, session_id=world.user.session_id))
     for stranger in strangers:
         for metadata in (world.wire.metadata(rpc, stranger), world.on_behalf(stranger)):

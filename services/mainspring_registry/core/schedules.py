@@ -122,6 +122,13 @@ def idempotency_key(schedule: registry_pb2.Schedule, moment: datetime) -> str:
     return f"schedule/{schedule.name}/{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
+def read_name(name: str) -> str:
+    """A schedule's name that may exist; SCHEDULE_NOT_FOUND for one that no column could hold."""
+    if "\x00" in name:
+        raise schedule_not_found(name)
+    return name
+
+
 def schedule_not_found(name: str) -> MainspringError:
     """SCHEDULE_NOT_FOUND for this name."""
     return MainspringError(
