@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -436,8 +437,12 @@ class StateMachine(RuleBasedStateMachine):
     def claim(self, executor: int) -> None:
         """A living executor claims what nobody drives; what too many died on is ended."""
         claimer = self._session.executors[executor]
+        before = copy.deepcopy(self._model.schema)
         claimed = self._claim_in_model(claimer)
         if not claimed:
+            # The process is not asked, as nobody could tell when it had found nothing. What a look changes, such as who
+            # stands in line for a slot, did not change then.
+            self._model.schema = before
             return
         with self.bench.loop.opened(lambda: self._session.claiming(claimer)) as claims:
             while claimed:
