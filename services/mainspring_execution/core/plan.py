@@ -12,6 +12,7 @@ import orjson
 from mainspring.v1 import types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 
+from mainspring_execution.core.intrinsic import AGENT_PREFIX, HANDOFF_PREFIX
 from mainspring_execution.core.policy import ATTEMPTS_MAX, DEFAULT_POLICIES, RETRIES_DEFAULT, ErrorPolicy
 from mainspring_execution.core.schema import Schema
 
@@ -50,6 +51,8 @@ class AgentPlan:
     concurrent_per_user_max: int = 0
     # Among the tenant's runs in line, unless the start says otherwise.
     priority: int = 0
+    # Of the agents among the tools: those whose failure ends the run.
+    fail_fast: frozenset[str] = frozenset()
 
 
 def read_plan(agent: types_pb2.Agent) -> AgentPlan:
@@ -64,7 +67,12 @@ def read_plan(agent: types_pb2.Agent) -> AgentPlan:
         provider=model.get("provider", ""),
         model=model,
         instructions=spec.get("instructions") or "",
-        tools=frozenset(spec.get("tools") or ()),
+        tools=_read_tools(spec),
+        fail_fast=frozenset(
+            AGENT_PREFIX + tool["agent"]
+            for tool in spec.get("tools") or ()
+            if isinstance(tool, dict) and tool.get("on_failure") == "fail_fast"
+        ),
         output_schema=_read_schema(spec.get("output_schema")),
         timeout_seconds=min(timeout_seconds, TIMEOUT_SECONDS_MAX),
         steps_max=min(int(limits.get("max_steps", STEPS_DEFAULT)), STEPS_MAX),
@@ -103,6 +111,12 @@ def spec_invalid(field: str, fault: str) -> MainspringError:
     return MainspringError(
         Reason.SPEC_INVALID, f"{field}: {fault}. Register a new version of the agent that says it right.", field=field
     )
+
+
+def _read_tools(spec: Mapping[str, Any]) -> frozenset[str]:
+    """The names by which a model calls tools, other agents, and whom it may hand over to. JSON values: Any."""
+    tools = {AGENT_PREFIX + tool["agent"] if isinstance(tool, dict) else tool for tool in spec.get("tools") or ()}
+    return frozenset(tools | {HANDOFF_PREFIX + name for name in spec.get("handoffs") or ()})
 
 
 def _read_policies(asked: Mapping[str, Any]) -> dict[str, ErrorPolicy]:

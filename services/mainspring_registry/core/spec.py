@@ -53,7 +53,12 @@ def read_agent(document: bytes, schema: Draft202012Validator) -> types_pb2.Agent
 
 def _check_meaning(spec: dict[str, JsonValue]) -> Iterator[Violation]:
     """What is wrong with a specification of the right shape."""
-    tools = set(spec.get("tools", ()))
+    tools = {f"handoff.{name}" for name in spec.get("handoffs", ())}
+    for number, tool in enumerate(spec.get("tools", ())):
+        name = f"agent.{tool['agent']}" if isinstance(tool, dict) else tool
+        if name in tools:
+            yield Violation(f"tools[{number}]", f"{name} is there twice: leave one out")
+        tools.add(name)
     for number, step in enumerate(spec["model"].get("script", ())):
         path = f"model.script[{number}]"
         if "calls" in step and "result" in step:
