@@ -77,14 +77,18 @@ class Calls:
         return must_be_durable
 
     def post(self, plan: AgentPlan, planned: Sequence[events_pb2.PlannedCall]) -> float:
-        """Sends the calls that have no outcome, are not under way, and are due.
+        """Sends the calls that have no outcome, are not under way, await no answer of a person's, and are due.
 
         Answers in how many seconds the next one of the others is due; infinite: none is.
         """
         now, next_seconds = time.perf_counter(), math.inf
         progress = self._journal.progress
         for call in planned:
-            if call.call_id in progress.outcomes or call.call_id in self.under_way:
+            if (
+                call.call_id in progress.outcomes
+                or call.call_id in self.under_way
+                or call.call_id in progress.approvals
+            ):
                 continue
             seconds = progress.retry_times.get(call.call_id, 0.0) - time.time() if progress.retry_times else 0.0
             if seconds > 0:
@@ -117,7 +121,7 @@ class Calls:
             duration_ms = to_ms(now - self._post_times.pop(call_id))
             intent = self._journal.progress.intents.get(call_id)
             if intent is not None:
-                self._record(plan, intent, result, duration_ms=duration_ms)
+                self._record(plan, intent, result=result, duration_ms=duration_ms)
 
     def forget(self) -> None:
         """Waits for no answer any more; what is under way goes on, for whoever drives the run next."""
@@ -170,8 +174,8 @@ class Calls:
         self,
         plan: AgentPlan | None,
         intent: events_pb2.ToolExecuting,
-        result: dispatcher_pb2.ToolResult,
         *,
+        result: dispatcher_pb2.ToolResult,
         duration_ms: float,
     ) -> None:
         attempt = self._journal.progress.attempts[intent.call_id]
