@@ -32,6 +32,9 @@ class StateSettings(ServiceSettings):
         1.0, ge=0.1, le=600, description="the same, once its heartbeat stream has broken"
     )
     claim_seconds: float = Field(0.5, ge=0.05, le=60, description="longest time between two looks for claimable runs")
+    webhook_private: bool = Field(
+        False, description="webhooks may go to private addresses, as in a cluster of one's own"
+    )
 
 
 class MigrateSettings(ProcessSettings):

@@ -183,6 +183,9 @@ def _service_env(plan: Plan, name: str) -> dict[str, str]:
     }
     if name in WITH_DATABASE:
         env["MAINSPRING_DATABASE_URL"] = plan.service_database_urls[name]
+    if name == "state":
+        # The developer's own server is nearby.
+        env["MAINSPRING_WEBHOOK_PRIVATE"] = "true"
     if name in WITH_REDIS:
         env["MAINSPRING_REDIS_URL"] = plan.redis_url
     return {**env, **plan.extra_env}

@@ -51,6 +51,8 @@ class AgentPlan:
     concurrent_per_user_max: int = 0
     # Among the tenant's runs in line, unless the start says otherwise.
     priority: int = 0
+    # Who is told of the ends of its runs; empty: nobody.
+    webhook_url: str = ""
     # Of the agents among the tools: those whose failure ends the run.
     fail_fast: frozenset[str] = frozenset()
 
@@ -68,6 +70,7 @@ def read_plan(agent: types_pb2.Agent) -> AgentPlan:
         model=model,
         instructions=spec.get("instructions") or "",
         tools=_read_tools(spec),
+        webhook_url=spec.get("webhook") or "",
         fail_fast=frozenset(
             AGENT_PREFIX + tool["agent"]
             for tool in spec.get("tools") or ()

@@ -103,6 +103,8 @@ def make_create(
         backlog_max=limits.backlog_max,
         queue_only=queue_only,
     )
+    if plan.webhook_url:
+        create.webhook.url = plan.webhook_url
     caps = {
         "tenant": limits.max_concurrent,
         f"user/{user_id}": limits.max_concurrent_per_user,

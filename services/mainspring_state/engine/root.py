@@ -22,9 +22,11 @@ from mainspring_state.engine.follower import Follower, FollowLimits, Sources
 from mainspring_state.engine.hub import EndWaiter, Hub
 from mainspring_state.engine.presence import Presence
 from mainspring_state.engine.talk import Talk
+from mainspring_state.engine.webhooks import Teller
 from mainspring_state.store.leases import Leases
 from mainspring_state.store.oversight import Oversight
 from mainspring_state.store.reads import Reads
+from mainspring_state.store.webhooks import Webhooks
 from mainspring_state.store.wire import Wire
 
 OUTSTANDING_MAX = 16_384
@@ -55,6 +57,11 @@ class Engine:
         times = LeaseTimes(settings.lease_seconds, settings.broken_lease_seconds, settings.claim_seconds)
         self.executors = Executors(leases, self._presence, talk=self._talk, times=times, submit=self._committer.submit)
         self._talk.listener = self.executors
+        self._teller = Teller(
+            Webhooks(pool),
+            secret=settings.service_secret.get_secret_value(),
+            allows_private=settings.webhook_private,
+        )
         slots = asyncio.Semaphore(max(1, settings.database_connections_max - 2))
         self._sources = Sources(self._hub, self.reads, self._talk.heal, slots)
         self._limits = FollowLimits(
@@ -79,6 +86,7 @@ class Engine:
                 tasks.create_task(self._committer.run())
                 tasks.create_task(self._talk.run())
                 tasks.create_task(self.executors.run())
+                tasks.create_task(self._teller.run())
         finally:
             await self._presence.leave()
 
