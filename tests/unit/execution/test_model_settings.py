@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import orjson
 import pytest
 from mainspring_execution.config import ExecutionSettings
+from mainspring_execution.core.intrinsic import describe
 from mainspring_execution.core.tool_names import WIRE_NAME_CHARACTERS_MAX, tool_named, wire_name
 from mainspring_execution.models import make_model
 from mainspring_execution.models.clients import Clients
@@ -127,3 +129,13 @@ def test_production_allows_no_address_unless_it_is_told() -> None:
     assert ExecutionSettings(**settings).model_addresses() == frozenset()  # type: ignore[arg-type]  # as from outside
     told = ExecutionSettings(**settings, model_base_urls=" https://a/v1/ , ,http://b")  # type: ignore[arg-type]  # so
     assert told.model_addresses() == {"https://a/v1", "http://b"}
+
+
+def test_models_are_told_of_agents_as_of_tools() -> None:
+    called = describe("agent.clerk", description="Counts stock.")
+    handed = describe("handoff.refunds", description="Gives money back.")
+    assert called is not None and handed is not None
+    assert "Counts stock." in called.description and "Gives money back." in handed.description
+    assert orjson.loads(called.input_schema) == {"type": "object"}
+    assert list(orjson.loads(handed.input_schema)["properties"]) == ["reason"]
+    assert describe("run.nothing") is None
