@@ -135,13 +135,13 @@ class Lining(Asking):
             idle = [each["pass"] for each in self.shares.values() if not each["is_lined"]]
             share |= {"is_lined": True, "pass": max(share["pass"], min(lined, default=max(idle)))}
 
-    def lead_on(self, key: Key, *, may_begin: bool) -> str:
+    def lead_on(self, key: Key, *, may_begin: bool, waits_first: bool = False) -> str:
         """`state.lead_on`."""
         run = self.runs[key]
         if run["due_time"] is not None and run["due_time"].timestamp() > self.now():
             self.make_ready(key, run["due_time"].timestamp())
             return "waits"
-        if run["caps"] and not self.take_slots(key):
+        if run["caps"] and (waits_first or not self.take_slots(key)):
             self.cap_line.add(key)
             return "waits"
         if may_begin:

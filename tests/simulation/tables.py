@@ -80,10 +80,12 @@ class Tables(Lining):
                 self.free_slots(key)
                 if run["state"] >= FIRST_ENDED:
                     self.forget_ready(key)
+        for next_key in nexts:
+            if next_key is not None:
+                led = self.lead_on(next_key, may_begin=False, waits_first=True)
+                row["became_ready"] |= led == "lined"
         for tenant_id in batch.tenants:
             row["became_ready"] |= self.give_slots(tenant_id)
-        for next_key in nexts:
-            row["became_ready"] |= next_key is not None and self.lead_on(next_key, may_begin=False) == "lined"
         for i in standing:
             row["became_ready"] |= self.set_caps(batch.tenants[i], batch.caps_of(i))
         for i in standing:

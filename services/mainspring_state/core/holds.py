@@ -22,6 +22,18 @@ _BY_REASON: Final = {
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run stands in line: for its time, behind a cap (`run_ids` hold its slots), or for an executor."""
+
+    kind: int
+    cap: str
+    limit: int
+    run_ids: Sequence[str]
+    position: int
+    until: Timestamp | None
+
+
+@dataclass(frozen=True, slots=True)
 class Circumstances:
     """What the database knows. `before`: runs before it in its session's line, at most 10 of `before_count`.
 
@@ -38,6 +50,7 @@ class Circumstances:
     approvals: Sequence[types_pb2.Approval]
     sub_run_ids: Sequence[str]
     tail: Sequence[events_pb2.RunEvent]
+    places: Sequence[Place] = ()
 
 
 def explain(run: types_pb2.Run, known: Circumstances, *, now: float) -> list[types_pb2.Hold]:
@@ -46,6 +59,7 @@ def explain(run: types_pb2.Run, known: Circumstances, *, now: float) -> list[typ
         return []
     holds = list(_explain_state(run, known))
     is_due = known.due_time is not None and known.due_time.ToNanoseconds() / 1e9 <= now
+    is_due = is_due or any(place.kind == types_pb2.HOLD_KIND_BACKLOG for place in known.places)
     if not known.alive_count and (is_due or (run.state == RUNNING and known.due_time is None)):
         detail = "No executor is alive: start one, it goes on within a second."
         holds.append(types_pb2.Hold(kind=types_pb2.HOLD_KIND_NO_EXECUTOR, detail=detail))
@@ -61,6 +75,7 @@ def _explain_state(run: types_pb2.Run, known: Circumstances) -> Iterator[types_p
             run_ids=known.before,
             position=known.before_count,
         )
+    yield from map(_explain_place, known.places)
     if run.state == PAUSED:
         by = next((event.agent_paused.requested_by for event in reversed(known.tail) if _is(event, "agent_paused")), "")
         who = by or "somebody"
@@ -82,6 +97,24 @@ def _explain_state(run: types_pb2.Run, known: Circumstances) -> Iterator[types_p
         )
     if run.state == WAITING:
         yield from _explain_waiting(known)
+
+
+def _explain_place(place: Place) -> types_pb2.Hold:
+    if place.kind == types_pb2.HOLD_KIND_CAP:
+        detail = f"{place.limit} runs hold the slots of {place.cap!r}, and {place.position} wait for one before it."
+    elif place.kind == types_pb2.HOLD_KIND_BACKLOG:
+        detail = f"No executor has had room for it yet: {place.position} runs of its tenant stand before it."
+    else:
+        detail = "It is not to begin before its start time."
+    return types_pb2.Hold(
+        kind=place.kind,  # type: ignore[arg-type]  # the database holds numbers of the enum
+        detail=detail,
+        cap=place.cap,
+        limit=place.limit,
+        run_ids=place.run_ids,
+        position=place.position,
+        until=place.until,
+    )
 
 
 def _explain_waiting(known: Circumstances) -> Iterator[types_pb2.Hold]:

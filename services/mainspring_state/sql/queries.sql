@@ -82,6 +82,9 @@ WHERE tenant_id = $1 AND run_id = $2 AND run_id < $3 AND run_id >= $4 AND ($5 = 
 -- open_approvals_of: the open approvals of one run that the user may see.
 SELECT * FROM state.approvals WHERE tenant_id = $1 AND run_id = $2 AND decision = 0 ORDER BY seq LIMIT $3;
 
+-- places_of: in which lines a run of the user stands.
+SELECT * FROM state.lines_of($1, $2, $3);
+
 -- open_sub_runs: sub-runs of one run of the user that have not ended.
 SELECT run_id FROM state.runs
 WHERE tenant_id = $1 AND parent_run_id = $2 AND parent_run_id IS NOT NULL AND state < 5 ORDER BY run_id LIMIT $3;

@@ -11,7 +11,7 @@ from mainspring_kit import postgres
 from mainspring_kit.identity import UserExecutionContext
 
 from mainspring_state.core.approvals import answerable_roles
-from mainspring_state.core.holds import TAIL_EVENTS, Circumstances
+from mainspring_state.core.holds import TAIL_EVENTS, Circumstances, Place
 from mainspring_state.core.pages import ApprovalMark
 from mainspring_state.store.rows import storable, to_approval, to_event, to_metrics, to_timestamp
 
@@ -81,6 +81,7 @@ class Oversight:
         async with self._as(user) as connection:
             facts = await connection.fetchrow(_SQL["circumstances"], user.tenant_id, user.user_id, run.run_id)
             approvals = await connection.fetch(_SQL["open_approvals_of"], user.tenant_id, run.run_id, RUNS_SHOWN_MAX)
+            places = await connection.fetch(_SQL["places_of"], user.tenant_id, user.user_id, run.run_id)
             subs = await connection.fetch(_SQL["open_sub_runs"], user.tenant_id, run.run_id, RUNS_SHOWN_MAX)
             events = await connection.fetch(
                 _SQL["read_events"], user.tenant_id, user.user_id, run.run_id, max(0, run.last_seq - TAIL_EVENTS),
@@ -98,4 +99,15 @@ class Oversight:
             approvals=[to_approval(row) for row in approvals],
             sub_run_ids=[str(row["run_id"]) for row in subs],
             tail=tail,
+            places=[
+                Place(
+                    row["kind"],
+                    row["cap"],
+                    row["cap_limit"],
+                    run_ids=[str(run_id) for run_id in row["holders"]],
+                    position=row["place"],
+                    until=to_timestamp(row["until"]),
+                )
+                for row in places
+            ],
         )

@@ -578,15 +578,18 @@ BEGIN
     ) AS t;
     DELETE FROM state.ready d USING unnest(coalesce(unstarted, '{}') || coalesce(capped, '{}')) AS i
     WHERE i >= end_first AND d.tenant_id = tenants[i] AND d.run_id = runs[i];
+    FOR entry IN SELECT * FROM unnest(next_tenants, next_runs) AS next (tenant_id, run_id) LOOP
+      became_ready := state.lead_on(entry.tenant_id, entry.run_id, false, true) = 'lined' OR became_ready;
+    END LOOP;
     FOR entry IN
       SELECT f.tenant_id, array_agg(DISTINCT f.scope) AS scopes FROM (
         SELECT tenants[i] AS tenant_id, unnest(state.free_slots(tenants[i], runs[i])) AS scope FROM unnest(capped) AS i
+        UNION ALL
+        SELECT r.tenant_id, unnest(r.caps) FROM unnest(next_tenants, next_runs) AS next (tenant_id, run_id)
+        JOIN state.runs r ON r.tenant_id = next.tenant_id AND r.run_id = next.run_id
       ) AS f GROUP BY f.tenant_id
     LOOP
       became_ready := state.give_slots(entry.tenant_id, entry.scopes) OR became_ready;
-    END LOOP;
-    FOR entry IN SELECT * FROM unnest(next_tenants, next_runs) AS next (tenant_id, run_id) LOOP
-      became_ready := state.lead_on(entry.tenant_id, entry.run_id, false) = 'lined' OR became_ready;
     END LOOP;
     IF standing IS NOT NULL THEN
       FOR entry IN
@@ -597,7 +600,7 @@ BEGIN
         became_ready := state.set_caps(entry.tenant_id, entry.scopes, entry.limits) OR became_ready;
       END LOOP;
       FOR entry IN SELECT i, tenants[i] AS tenant_id, runs[i] AS run_id FROM unnest(standing) AS i LOOP
-        led := state.lead_on(entry.tenant_id, entry.run_id, NOT coalesce(queue_onlys[entry.i], false));
+        led := state.lead_on(entry.tenant_id, entry.run_id, NOT coalesce(queue_onlys[entry.i], false), false);
         became_ready := led = 'lined' OR became_ready;
         IF led <> 'begins' THEN
           standing := array_remove(standing, entry.i);
@@ -914,7 +917,8 @@ BEGIN
   SELECT l.executor_id INTO holder FROM state.leases l WHERE l.tenant_id = a_tenant_id AND l.run_id = a_run_id;
   SELECT count(DISTINCT e.executor_id), coalesce(bool_or(e.executor_id = holder), false) INTO alive_count, is_alive
   FROM state.executors e WHERE e.beat_time + make_interval(secs => e.lease_seconds) > clock_timestamp();
-  SELECT d.due_time INTO due_time FROM state.ready d WHERE d.tenant_id = a_tenant_id AND d.run_id = a_run_id;
+  SELECT nullif(d.due_time, 'infinity') INTO due_time FROM state.ready d
+  WHERE d.tenant_id = a_tenant_id AND d.run_id = a_run_id;
   IF run.state = 1 THEN
     SELECT array_agg(line.run_id ORDER BY line.ordinal) FILTER (WHERE line.place <= 10), count(*)
     INTO before, before_count

@@ -273,9 +273,9 @@ END
 $body$;
 
 -- Leads on a run whose turn in its session has come: to its time, then to its slots, then to an executor. 'begins': it
--- has all it needs and its creator may begin it; 'lined': it stands in line for an executor; 'waits'. The tenant's
--- share is locked.
-CREATE FUNCTION state.lead_on(a_tenant_id text, a_run_id uuid, may_begin boolean) RETURNS text
+-- has all it needs and its creator may begin it; 'lined': it stands in line for an executor; 'waits'. Where others may
+-- have a better right to slots that are free, it waits_first, until `give_slots` is called. The tenant's share is locked.
+CREATE FUNCTION state.lead_on(a_tenant_id text, a_run_id uuid, may_begin boolean, waits_first boolean) RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $body$
 DECLARE
   run record;
@@ -289,7 +289,8 @@ BEGIN
     RETURN 'waits';
   END IF;
   IF run.caps IS NOT NULL THEN
-    full_scope := state.take_slots(a_tenant_id, a_run_id, run.caps, run.cap_limits);
+    full_scope := CASE WHEN waits_first THEN run.caps[1]
+      ELSE state.take_slots(a_tenant_id, a_run_id, run.caps, run.cap_limits) END;
     IF full_scope IS NOT NULL THEN
       PERFORM state.wait_for_slots(a_tenant_id, a_run_id, run.priority, run.caps, full_scope);
       RETURN 'waits';
@@ -335,7 +336,7 @@ BEGIN
       RETURN false;
     END IF;
     IF run.state = 1 THEN
-      PERFORM state.lead_on(run.tenant_id, run.run_id, false);
+      PERFORM state.lead_on(run.tenant_id, run.run_id, false, false);
     ELSE
       full_scope := state.take_slots(run.tenant_id, run.run_id, run.caps, run.cap_limits);
       IF full_scope IS NULL THEN
