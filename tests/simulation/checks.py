@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -23,6 +24,10 @@ EFFECTS: Final = {
     "unsafe": types_pb2.EFFECT_CLASS_UNSAFE,
 }
 AFTER_INTENT: Final = ("keyed", "unsafe")
+# As the policy is where a specification says nothing.
+ATTEMPTS_MAX: Final = 3
+# Times are rounded to microseconds in the log.
+CLOCK_NS: Final = 2_000
 
 
 class ViolationError(Exception):
@@ -131,6 +136,8 @@ class Checker:
             self.expect(ids == derived, f"{key[1]} #{event.seq}: call ids {ids} are not of this place")
             steps = [known.agent_thinking.step for known in log if known.HasField("agent_thinking")]
             self.expect(event.agent_thinking.step == len(steps) + 1, f"{key[1]} #{event.seq}: a model step comes twice")
+        if kind == "attempt_failed":
+            self._check_attempt(key, log, event.attempt_failed)
         if kind in ("tool_executing", "tool_completed"):
             call_id = getattr(event, kind).call_id
             same = [known for known in log if known.WhichOneof("payload") == kind]
@@ -138,6 +145,21 @@ class Checker:
             self.expect(is_new, f"{key[1]} #{event.seq}: {kind} of {call_id} comes twice")
             planned = [call.call_id for known in log for call in known.agent_thinking.planned_calls]
             self.expect(call_id in planned, f"{key[1]} #{event.seq}: {call_id} was never planned")
+
+    def _check_attempt(self, key: Key, log: list[events_pb2.RunEvent], failed: events_pb2.AttemptFailed) -> None:
+        """Attempts count up, are bounded, and are over with what they are attempts at."""
+        subject = (failed.step, failed.call_id)
+        earlier = [known.attempt_failed for known in log if known.HasField("attempt_failed")]
+        numbers = [known.attempt for known in earlier if (known.step, known.call_id) == subject]
+        self.expect(failed.attempt > max(numbers, default=0), f"{key[1]}: {subject} fails twice at one attempt")
+        self.expect(len(numbers) + 1 < ATTEMPTS_MAX, f"{key[1]}: {subject} is tried too often")
+        is_over = any(
+            known.tool_completed.call_id == failed.call_id
+            if failed.call_id
+            else known.agent_thinking.step == failed.step
+            for known in log
+        )
+        self.expect(not is_over, f"{key[1]}: {subject} is tried again after its end")
 
     def _shown(self, deliveries: Iterable[state_pb2.Delivery]) -> None:
         for delivery in deliveries:
@@ -173,6 +195,9 @@ class Checker:
         self.expect(not done, f"{call.call_id}: a finished call is made again")
         intents = any(event.tool_executing.call_id == call.call_id for event in log)
         self.expect(intents or effect not in AFTER_INTENT, f"{call.call_id}: {effect}, called before its intent")
+        failures = [event.attempt_failed for event in log if event.attempt_failed.call_id == call.call_id]
+        is_due = not failures or failures[-1].retry_time.ToNanoseconds() <= time.time() * 1e9 + CLOCK_NS
+        self.expect(is_due, f"{call.call_id}: made again before its time")
         is_over = log and log[-1].WhichOneof("payload") in TERMINAL
         self.expect(not is_over, f"{call.call_id}: called after the run's end")
 

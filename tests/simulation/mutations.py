@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from mainspring.v1 import events_pb2
-from mainspring_execution.core import decision, thought
+from mainspring.v1 import events_pb2, types_pb2
+from mainspring_execution.core import decision, policy, thought
 from mainspring_execution.core.progress import Progress, fold
 from mainspring_execution.engine import calls, drive
 from mainspring_execution.engine.ending import Ending
@@ -117,11 +117,20 @@ def _mutations() -> dict[str, list[Patch]]:
         "the end is appended twice": [(Ending, "_end", _end_twice()), (Tables, "is_legal", _yes)],
         "effects do not wait for their intent": [(calls, "needs_durable_intent", _no)],
         "unsafe calls are made again after a takeover": [(decision, "may_repeat", _yes)],
+        "unsafe calls that failed are made again": [(calls, "Failure", _as_if_pure())],
+        "calls are made again before their time": [(Progress, "retry_times", property(lambda _: {}, lambda *_: None))],
         "a broken stream sends unsafe calls again": [(Dispatcher, "__init__", _dispatcher_without_loss())],
         "a broken stream sends nothing again": [(streams._Link, "rewind", _rewind_nothing)],
         "provider state is shown": [(follower, "public", list)],
         "rows of others are shown": [(Schema, "get_run", _anybodys_run)],
     }
+
+
+def _as_if_pure() -> Callable[..., policy.Failure]:
+    def make(error: types_pb2.RunError, attempt: int, effect: object, executions: int) -> policy.Failure:
+        return policy.Failure(error, attempt, types_pb2.EFFECT_CLASS_PURE, executions)
+
+    return make
 
 
 def _dispatcher_without_loss() -> Callable[..., None]:
