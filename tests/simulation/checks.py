@@ -211,12 +211,21 @@ class Checker:
         self.arrivals[call.call_id] += 1
         self.trace(f"worker: {call.tool} {call.call_id[-8:]} has its effect")
         if effect == "unsafe":
-            self.expect(self.arrivals[call.call_id] == 1, f"{call.call_id}: unsafe, and made twice")
+            leaves = self._leaves(call.call_id)
+            self.expect(self.arrivals[call.call_id] <= 1 + leaves, f"{call.call_id}: unsafe, and made again unasked")
         run_id = call.call_id.split(".")[0]
         if effect == "keyed" and self.arrivals[call.call_id] == 1:
             self.effects[run_id, call.tool, call.arguments.decode()] += 1
             count = self.effects[run_id, call.tool, call.arguments.decode()]
             self.expect(count == 1, f"{run_id}: the keyed effect {call.tool} {call.arguments!r} happens {count} times")
+
+    def _leaves(self, call_id: str) -> int:
+        """How often a person gave leave to make a call once more."""
+        log = self.log(self.key_of(call_id.split(".")[0]))
+        asked = {event.approval_requested.approval_id for event in log if event.approval_requested.call_id == call_id}
+        return sum(
+            b"retry" in event.approval_resolved.data for event in log if event.approval_resolved.approval_id in asked
+        )
 
     def saw(self, name: str, key: Key, *, seq: int, expected_seq: int) -> None:
         """A watcher is shown an event."""

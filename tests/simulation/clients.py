@@ -43,10 +43,13 @@ class Wish:
 class Client:
     """A user with one wish. Outlives gateways: what it has seen stays seen."""
 
-    def __init__(self, world: World, wish: Wish, on_done: Callable[[], None]) -> None:
-        """`on_done` is called when it wants nothing more."""
+    def __init__(
+        self, world: World, wish: Wish, on_done: Callable[[], None], *, on_asked: Callable[[Client, str], None]
+    ) -> None:
+        """`on_done` is called when it wants nothing more, `on_asked` with the id of each approval."""
         self.wish = wish
         self._on_done = on_done
+        self._on_asked = on_asked
         self.run_id = ""
         self.seen_seq = 0
         self.has_ended = False
@@ -82,6 +85,8 @@ class Client:
         self._world.trace(f"{self.name} sees #{event.seq}")
         self._world.checker.saw_event(self.name, self.key, event=event, expected_seq=self.seen_seq + 1)
         self.seen_seq = event.seq
+        if b'"approval_requested"' in event.payload:
+            self._on_asked(self, f"{self.run_id}.{event.seq}")
         if event.is_terminal:
             self.has_ended = True
             self._on_done()
@@ -163,15 +168,26 @@ class Client:
 
     async def cancel(self) -> None:
         """Asks for the run's end, until that is stored."""
+        request_id = f"cancel-{self.wish.number}"
+        await self._ask(state_pb2.PutInputRequest(request_id=request_id, cancel=state_pb2.CancelInput()))
+
+    async def answer(self, approval_id: str) -> None:
+        """Says what becomes of a call of unknown outcome, until that is stored: make it again, or let it fail."""
+        action = self._world.rng.choice((b'{"action":"retry"}', b'{"action":"fail"}'))
+        await asyncio.sleep(self._world.rng.random() * 2.0)
+        answer = state_pb2.ApprovalInput(
+            approval_id=approval_id, decision=types_pb2.APPROVAL_DECISION_ALLOW, data=action
+        )
+        await self._ask(state_pb2.PutInputRequest(request_id=f"answer-{approval_id}", approval=answer))
+
+    async def _ask(self, request: state_pb2.PutInputRequest) -> None:
         while not self.is_done:
+            request.run_id = self.run_id
             try:
                 if self.run_id:
                     stub = self._world.network.state_stub(self._world.target("state"))
-                    request = state_pb2.PutInputRequest(
-                        run_id=self.run_id, request_id=f"cancel-{self.wish.number}", cancel=state_pb2.CancelInput()
-                    )
                     await stub.PutInput(request, metadata=as_user(self.context(self.run_id)), timeout=2.0)
-                    self._world.trace(f"{self.name} has asked for a cancel")
+                    self._world.trace(f"{self.name} has asked for {request.WhichOneof('input')}")
                     return
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.FAILED_PRECONDITION:

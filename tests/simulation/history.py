@@ -77,7 +77,7 @@ class History:
         for kind, count in counts.items():
             for number in range(1, count + 1):
                 world.network.hosts[f"{kind}-{number}:1"] = Host()
-        self.clients = [Client(world, wish, self._look_up) for wish in _wishes(self._rng)]
+        self.clients = [Client(world, wish, self._look_up, on_asked=self._answer) for wish in _wishes(self._rng)]
 
     def run(self) -> None:
         """Plays to the end and judges."""
@@ -125,6 +125,9 @@ class History:
         if client.engine is not engine:
             client.engine = engine
             self._world.spawn(process, partial(client.go, engine))
+
+    def _answer(self, client: Client, approval_id: str) -> None:
+        self._world.spawn(self._process("browser-1:1"), partial(client.answer, approval_id))
 
     def _cancel(self, client: Client, browser: Process) -> None:
         self._world.spawn(browser, client.cancel)
