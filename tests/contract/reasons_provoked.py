@@ -110,9 +110,9 @@ async def context_invalid(scene: Scene) -> Told:
 
 @provokes("NOT_IMPLEMENTED")
 async def not_implemented(scene: Scene) -> Told:
-    execution = scene.world.wire.stub("Execution")
+    state = scene.world.wire.stub("State")
     try:
-        execution.PauseRun(execution_pb2.PauseRunRequest(), metadata=scene.world.on_behalf(), timeout=CALL_SECONDS)
+        state.CloseSession(state_pb2.CloseSessionRequest(), metadata=scene.world.on_behalf(), timeout=CALL_SECONDS)
     except grpc.RpcError as error:
         return of_call(error)
     raise AssertionError("it is built: provoke another")

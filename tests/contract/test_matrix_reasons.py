@@ -10,10 +10,10 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from mainspring_kit.errors import RULES
 
+from tests.contract import reasons_of_waits, reasons_provoked  # noqa: F401  # they mark how reasons are provoked
 from tests.contract.dispatcher_calls import Desk
 from tests.contract.matrix_calls import World
-from tests.contract.reasons_provoked import PROVOKED
-from tests.contract.reasons_told import Scene, Told
+from tests.contract.reasons_told import PROVOKED, Scene, Told
 from tests.tidy.source import ROOT, modules
 from tests.tidy.test_contracts import documented_reasons
 
@@ -21,15 +21,17 @@ pytestmark = [pytest.mark.contract, pytest.mark.real_services]
 
 # What takes seconds, a thousand sockets, three dead executors or a flood: the test that provokes it.
 ELSEWHERE: Mapping[str, str] = {
+    "CREDENTIAL_MISSING": "tests/contract/test_execution_models.py",
     "HELLO_MISSING": "tests/contract/test_dispatcher_attach.py",
     "RUN_POISONED": "tests/contract/test_state_leases.py",
+    "STEP_TIMED_OUT": "tests/contract/test_execution_retries.py",
     "SLOW_CONSUMER": "tests/contract/test_state_follow.py",
     "TOO_MANY_CONNECTIONS": "tests/flow/test_gateway_socket.py",
 }
 # What no code raises yet, with the issue that brings it.
-LATER: Mapping[str, int] = {}
+LATER: Mapping[str, int] = {"DEPTH_EXCEEDED": 5, "SUB_RUN_FAILED": 5}
 # Keys that are there only in some of a reason's uses: a fault has a run where it hit one.
-OPTIONAL = {"INTERNAL": {"run_id"}}
+OPTIONAL = {"INTERNAL": {"run_id"}, "MODEL_FAILED": {"model", "retry_after_seconds"}, "RESULT_INVALID": {"answer"}}
 # What was sent may have been blank, and a log's place may be wrong whatever state the run is in.
 MAYBE_EMPTY = {"value", "state"}
 
