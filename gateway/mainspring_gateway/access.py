@@ -39,6 +39,10 @@ LIST_SESSIONS: Final = _method(state_pb2.DESCRIPTOR, "StateService", name="ListS
 REGISTER_AGENT: Final = _method(registry_pb2.DESCRIPTOR, "RegistryService", name="RegisterAgent")
 GET_AGENT: Final = _method(registry_pb2.DESCRIPTOR, "RegistryService", name="GetAgent")
 LIST_AGENTS: Final = _method(registry_pb2.DESCRIPTOR, "RegistryService", name="ListAgents")
+PUT_SCHEDULE: Final = _method(registry_pb2.DESCRIPTOR, "RegistryService", name="PutSchedule")
+GET_SCHEDULE: Final = _method(registry_pb2.DESCRIPTOR, "RegistryService", name="GetSchedule")
+LIST_SCHEDULES: Final = _method(registry_pb2.DESCRIPTOR, "RegistryService", name="ListSchedules")
+DELETE_SCHEDULE: Final = _method(registry_pb2.DESCRIPTOR, "RegistryService", name="DeleteSchedule")
 LIST_TOOLS: Final = _method(registry_pb2.DESCRIPTOR, "RegistryService", name="ListTools")
 LIST_INSTANCES: Final = _method(registry_pb2.DESCRIPTOR, "RegistryService", name="ListInstances")
 

@@ -37,6 +37,10 @@ def make_app(gateway: Gateway) -> web.Application:
             _get("/v1/agents", http.list_agents),
             _get("/v1/agents/{name}", http.get_agent),
             _get("/v1/tools", http.list_tools),
+            web.post("/v1/schedules", http.put_schedule),
+            _get("/v1/schedules", http.list_schedules),
+            _get("/v1/schedules/{name}", http.get_schedule),
+            web.delete("/v1/schedules/{name}", http.delete_schedule),
             _get("/v1/endpoints", http.list_endpoints),
         ]
     )

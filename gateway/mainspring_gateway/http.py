@@ -225,6 +225,35 @@ async def list_tools(request: web.Request) -> web.Response:
     return _json(resources.tools_page(await gateway.peers.list_tools(_context(request, principal), question)))
 
 
+async def put_schedule(request: web.Request) -> web.Response:
+    """`POST /v1/schedules`: stores a specification of a schedule, YAML or JSON, in the place of one of its name."""
+    gateway, principal = _admit(request, access.PUT_SCHEDULE)
+    document = await _body(request, _DOCUMENTS)
+    schedule = await gateway.peers.put_schedule(_context(request, principal), document)
+    return _json(orjson.dumps(resources.schedule_data(schedule)))
+
+
+async def list_schedules(request: web.Request) -> web.Response:
+    """`GET /v1/schedules`: a page of the tenant's schedules, by name."""
+    gateway, principal = _admit(request, access.LIST_SCHEDULES)
+    question = queries.list_schedules_request(_query(request))
+    return _json(resources.schedules_page(await gateway.peers.list_schedules(_context(request, principal), question)))
+
+
+async def get_schedule(request: web.Request) -> web.Response:
+    """`GET /v1/schedules/{name}`: when it fires next, and what came of the last time."""
+    gateway, principal = _admit(request, access.GET_SCHEDULE)
+    schedule = await gateway.peers.get_schedule(_context(request, principal), request.match_info["name"])
+    return _json(orjson.dumps(resources.schedule_data(schedule)))
+
+
+async def delete_schedule(request: web.Request) -> web.Response:
+    """`DELETE /v1/schedules/{name}`: it fires no more."""
+    gateway, principal = _admit(request, access.DELETE_SCHEDULE)
+    await gateway.peers.delete_schedule(_context(request, principal), request.match_info["name"])
+    return _json(b"{}")
+
+
 async def list_endpoints(request: web.Request) -> web.Response:
     """`GET /v1/endpoints`: where the services are, for workers and gRPC clients."""
     gateway, _ = _admit(request, access.LIST_INSTANCES)

@@ -181,6 +181,27 @@ class Peers:
         """Lists the tools that the tenant may call."""
         return await _answer("registry", self._registry.ListTools(request, **self.registry.call(context)))
 
+    async def put_schedule(self, context: UserExecutionContext, document: bytes) -> registry_pb2.Schedule:
+        """Stores a schedule."""
+        request = registry_pb2.PutScheduleRequest(document=document)
+        return (await _answer("registry", self._registry.PutSchedule(request, **self.registry.call(context)))).schedule
+
+    async def get_schedule(self, context: UserExecutionContext, name: str) -> registry_pb2.Schedule:
+        """Reads a schedule."""
+        request = registry_pb2.GetScheduleRequest(name=name)
+        return (await _answer("registry", self._registry.GetSchedule(request, **self.registry.call(context)))).schedule
+
+    async def list_schedules(
+        self, context: UserExecutionContext, request: registry_pb2.ListSchedulesRequest
+    ) -> registry_pb2.ListSchedulesResponse:
+        """Lists the tenant's schedules."""
+        return await _answer("registry", self._registry.ListSchedules(request, **self.registry.call(context)))
+
+    async def delete_schedule(self, context: UserExecutionContext, name: str) -> None:
+        """Deletes a schedule."""
+        request = registry_pb2.DeleteScheduleRequest(name=name)
+        await _answer("registry", self._registry.DeleteSchedule(request, **self.registry.call(context)))
+
     async def follow(
         self,
         address: str,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -25,6 +26,8 @@ ENDED: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 # Close codes after which the same socket may be opened again; 4429 and 1013 after a delay like the others.
 RETRYABLE_CLOSE: Final = frozenset({1001, 1006, 1011, 1012, 1013, 4008, 4408, 4429})
 REQUEST_SECONDS: Final = 30.0
+# A text says so in a line of its own, in YAML as in JSON that is laid out; the registry reads all the rest.
+_SCHEDULE: Final = re.compile(r"""^\s*[{]?\s*["']?kind["']?\s*:\s*["']?Schedule\b""", re.MULTILINE)
 
 _FRAME_BYTES_MAX: Final = 20 << 20
 _HEARTBEAT_SECONDS: Final = 20.0
@@ -218,9 +221,14 @@ class Client:
     async def apply(self, document: Mapping[str, Any] | str) -> dict[str, Any]:
         """Registers an agent from its specification, an object or a YAML or JSON text; the same again changes nothing.
 
-        A text is read by the registry alone, which is stricter than YAML libraries are.
+        A specification of `kind: Schedule` is stored as a schedule. A text is read by the registry alone, which is
+        stricter than YAML libraries are.
         """
-        return await self.request("POST", "/v1/agents", body=document)
+        if isinstance(document, str):
+            is_schedule = _SCHEDULE.search(document) is not None
+        else:
+            is_schedule = document.get("kind") == "Schedule"
+        return await self.request("POST", "/v1/schedules" if is_schedule else "/v1/agents", body=document)
 
     async def request(
         self, method: str, path: str, *, body: Any = None, query: Mapping[str, str] | Sequence[tuple[str, str]] = ()

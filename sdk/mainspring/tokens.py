@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hmac
 import time
 import uuid
 from collections.abc import Sequence
@@ -19,6 +21,15 @@ def service_token(secret: str, *, name: str, ttl_seconds: int) -> str:
     return _sign(
         secret, issuer="mainspring-service", subject=name, tenant="", roles=("service",), ttl_seconds=ttl_seconds
     )
+
+
+def webhook_key(secret: str, *, tenant: str) -> str:
+    """What receivers check webhooks of a tenant with, as their libraries take it: `whsec_` and base64.
+
+    Derived from the platform's MAINSPRING_SERVICE_SECRET, which state signs with.
+    """
+    key = hmac.digest(secret.encode(), b"mainspring webhook key of tenant " + tenant.encode(), "sha256")
+    return "whsec_" + base64.b64encode(key).decode()
 
 
 def _sign(secret: str, *, issuer: str, subject: str, tenant: str, roles: Sequence[str], ttl_seconds: int) -> str:

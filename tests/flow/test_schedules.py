@@ -86,6 +86,28 @@ async def test_a_run_that_may_not_overlap_is_left_out_and_told(user: User) -> No
     assert len(await runs(user)) == 1
 
 
+async def test_schedules_are_put_shown_and_deleted_over_http(user: User) -> None:
+    spec = {
+        "apiVersion": "mainspring/v1",
+        "kind": "Schedule",
+        "name": "yearly",
+        "cron": "0 0 1 1 *",
+        "agent": "missing",
+    }
+    refused = await user.http("POST", "/v1/schedules", spec, role="operator")
+    assert (refused.status, refused.json["reason"]) == (403, "ROLE_REQUIRED")
+    stored = await user.http("POST", "/v1/schedules", spec, role="admin")
+    assert stored.status == 200, stored.body
+    assert (stored.json["missed"], stored.json["overlap"], stored.json["time_zone"]) == ("once", "enqueue", "UTC")
+    shown = await user.http("GET", "/v1/schedules/yearly", role="operator")
+    listed = await user.http("GET", "/v1/schedules", role="operator")
+    assert listed.json == {"schedules": [shown.json], "next_page_token": ""}
+    assert shown.json["next_time"].endswith("-01-01T00:00:00.000Z")
+    assert (await user.http("DELETE", "/v1/schedules/yearly", role="admin")).status == 200
+    gone = await user.http("GET", "/v1/schedules/yearly", role="operator")
+    assert (gone.status, gone.json["reason"]) == (404, "SCHEDULE_NOT_FOUND")
+
+
 async def test_an_agent_that_is_not_there_is_told_and_the_schedule_goes_on(user: User) -> None:
     await put(user, agent="missing")
 

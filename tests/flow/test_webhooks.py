@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from aiohttp import web
+from mainspring.tokens import webhook_key
 from standardwebhooks import Webhook
 
 from test_framework.agents import echo_agent, scripted_agent, step
@@ -52,9 +51,8 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 def verified(user: User, headers: dict[str, str], body: bytes) -> Any:
     """The message, checked as a receiver does; Any: a JSON value."""
-    secret = user.stack.identities.service_secret
-    purpose = b"mainspring webhook key of tenant " + user.context.tenant_id.encode()
-    return Webhook(hmac.digest(secret.encode(), purpose, hashlib.sha256)).verify(body, headers)
+    key = webhook_key(user.stack.identities.service_secret, tenant=user.context.tenant_id)
+    return Webhook(key).verify(body, headers)
 
 
 async def test_an_end_is_told_until_it_is_taken(user: User, receiver: Receiver) -> None:

@@ -96,6 +96,14 @@ def list_agents_request(query: Query) -> registry_pb2.ListAgentsRequest:
     )
 
 
+def list_schedules_request(query: Query) -> registry_pb2.ListSchedulesRequest:
+    """`page_size` and `page_token`."""
+    _refuse_unknown(query, ("page_size", "page_token"))
+    return registry_pb2.ListSchedulesRequest(
+        page_size=_whole(query, "page_size", most=_PAGE_SIZE_MAX), page_token=_single(query, "page_token")
+    )
+
+
 def read_events_range(query: Query) -> tuple[int, int]:
     """`after_seq` and `page_size` of a page of events."""
     _refuse_unknown(query, ("after_seq", "page_size"))

@@ -183,6 +183,36 @@ def agents_page(page: registry_pb2.ListAgentsResponse) -> bytes:
     )
 
 
+def schedule_data(schedule: registry_pb2.Schedule) -> Data:
+    """A schedule."""
+    data: Data = {
+        "name": schedule.name,
+        "cron": schedule.cron,
+        "time_zone": schedule.time_zone or "UTC",
+        "agent": schedule.agent,
+        "alias": schedule.alias or "stable",
+        "input": leaf(schedule.input),
+        "user_id": schedule.user_id,
+        "missed": registry_pb2.MissedPolicy.Name(schedule.missed).removeprefix("MISSED_POLICY_").lower(),
+        "overlap": types_pb2.SessionPolicy.Name(schedule.overlap).removeprefix("SESSION_POLICY_").lower(),
+        "paused": schedule.paused,
+    }
+    if schedule.last_run_id:
+        data["last_run_id"] = schedule.last_run_id
+    if schedule.HasField("last_error"):
+        data["last_error"] = error_data(schedule.last_error)
+    for name in ("create_time", "next_time", "last_time"):
+        if schedule.HasField(name):
+            data[name] = time_text(getattr(schedule, name))
+    return data
+
+
+def schedules_page(page: registry_pb2.ListSchedulesResponse) -> bytes:
+    """A page of schedules by name."""
+    schedules = [schedule_data(schedule) for schedule in page.schedules]
+    return orjson.dumps({"schedules": schedules, "next_page_token": page.next_page_token})
+
+
 def tools_page(page: registry_pb2.ListToolsResponse) -> bytes:
     """A page of tools by name."""
     tools = []

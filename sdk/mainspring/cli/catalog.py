@@ -1,4 +1,4 @@
-"""The commands about what exists: agents and tools."""
+"""The commands about what exists: agents, tools and schedules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final
+from urllib.parse import quote
 
 import typer
 import yaml
@@ -23,6 +24,7 @@ _DOCUMENT_START: Final = re.compile(r"^---(?=\s|$)", re.MULTILINE)
 _CONTENT: Final = re.compile(r"^\s*[^\s#]", re.MULTILINE)
 
 agents = typer.Typer(help="Look at agents.", no_args_is_help=True, rich_markup_mode="markdown")
+schedules = typer.Typer(help="Look at schedules.", no_args_is_help=True, rich_markup_mode="markdown")
 tools = typer.Typer(help="Look at tools.", no_args_is_help=True, rich_markup_mode="markdown")
 
 
@@ -30,6 +32,7 @@ def register(app: typer.Typer) -> None:
     """Adds these commands."""
     app.command()(apply)
     app.add_typer(agents, name="agents")
+    app.add_typer(schedules, name="schedules")
     app.add_typer(tools, name="tools")
 
 
@@ -44,7 +47,7 @@ def apply(
     as_json: AsJson = False,
     data_dir: DataDir = DATA_DIR,
 ) -> None:
-    """Registers agents from their specifications. The same again changes nothing.
+    """Registers agents and schedules from their specifications. The same again changes nothing.
 
     Examples: `mainspring apply -f agent.yaml`, `mainspring apply -f agents/`, `cat agent.yaml | mainspring apply -f -`
     """
@@ -99,6 +102,52 @@ def get_agent(
         sys.stdout.write(yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
 
 
+@schedules.command("list")
+def list_schedules(*, as_json: AsJson = False, data_dir: DataDir = DATA_DIR) -> None:
+    """Lists the schedules, when each fires next and what came of the last time.
+
+    Example: `mainspring schedules list`
+    """
+    found = asyncio.run(_pages(connect(data_dir), "schedules", query=[]))
+    if as_json:
+        print_json(found)
+        return
+    rows = (
+        [
+            *(entry["name"], entry["cron"], entry["time_zone"], entry["agent"]),
+            "paused" if entry["paused"] else entry.get("next_time", "never"),
+            entry["last_error"]["reason"] if "last_error" in entry else entry.get("last_run_id", ""),
+        ]
+        for entry in found
+    )
+    print_table(["NAME", "CRON", "ZONE", "AGENT", "NEXT", "LAST"], rows, empty="No schedules: mainspring apply -f FILE")
+
+
+@schedules.command("get")
+def get_schedule(
+    name: Annotated[str, typer.Argument(metavar="NAME")], *, as_json: AsJson = False, data_dir: DataDir = DATA_DIR
+) -> None:
+    """Shows a schedule.
+
+    Example: `mainspring schedules get nightly`
+    """
+    found = asyncio.run(_one(connect(data_dir), f"/v1/schedules/{quote(name, safe='')}", query={}))
+    if as_json:
+        print_json(found)
+    else:
+        sys.stdout.write(yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
+
+
+@schedules.command("delete")
+def delete_schedule(name: Annotated[str, typer.Argument(metavar="NAME")], *, data_dir: DataDir = DATA_DIR) -> None:
+    """Deletes a schedule; runs that it has started go on.
+
+    Example: `mainspring schedules delete nightly`
+    """
+    asyncio.run(_delete(connect(data_dir), f"/v1/schedules/{quote(name, safe='')}"))
+    sys.stdout.write(f"schedule {name} is deleted\n")
+
+
 @tools.command("list")
 def list_tools(*, as_json: AsJson = False, data_dir: DataDir = DATA_DIR) -> None:
     """Lists the tools that your agents may call.
@@ -151,6 +200,9 @@ async def _apply(client: Client, documents: list[tuple[str, str]], *, as_json: b
                 raise ApiError(text, code=error.code, reason=error.reason, metadata=error.metadata) from error
             if as_json:
                 print_json(answer, is_line=True)
+            elif "cron" in answer:
+                when = "is paused" if answer["paused"] else f"fires next at {answer.get('next_time', 'no time')}"
+                sys.stdout.write(f"schedule {answer['name']} {when}\n")
             else:
                 agent, what = answer["agent"], "is new" if answer["created"] else "is as it was"
                 sys.stdout.write(f"agent {agent['name']} version {agent['version']} {what}\n")
@@ -159,6 +211,11 @@ async def _apply(client: Client, documents: list[tuple[str, str]], *, as_json: b
 async def _one(client: Client, path: str, *, query: dict[str, str]) -> dict[str, Any]:
     async with client:
         return await client.request("GET", path, query=query)
+
+
+async def _delete(client: Client, path: str) -> None:
+    async with client:
+        await client.request("DELETE", path)
 
 
 async def _pages(client: Client, noun: str, *, query: list[tuple[str, str]]) -> list[dict[str, Any]]:

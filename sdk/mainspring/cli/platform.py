@@ -163,6 +163,23 @@ def token(
     sys.stdout.write(user_token(secret, tenant=tenant, user=user, roles=role or (), ttl_seconds=ttl) + "\n")
 
 
+def webhook_key(*, tenant: Annotated[str, typer.Option(metavar="T")] = "dev", data_dir: DataDir = DATA_DIR) -> None:
+    """Prints the key with which receivers check the webhooks of a tenant's runs (see standardwebhooks.com).
+
+    It follows from MAINSPRING_SERVICE_SECRET, else from the secret of the `mainspring dev` of this folder.
+
+    Example: `mainspring webhook-key --tenant acme`
+    """
+    from mainspring import tokens
+
+    secret = os.environ.get("MAINSPRING_SERVICE_SECRET", "")
+    if not secret:
+        from mainspring.dev.folder import Folder
+
+        secret = Folder(data_dir).known_secrets().service
+    sys.stdout.write(tokens.webhook_key(secret, tenant=tenant) + "\n")
+
+
 async def _dev(
     data_dir: Path,
     port: int,
