@@ -33,11 +33,16 @@ HEAVY_RESULT_BYTES: Final = 8 << 10
 # Started, each step's thinking, executing and completed, the last thinking, completed.
 HEAVY_EVENTS: Final = 1 + 3 * HEAVY_STEPS + 2
 HEAVY_START: Final = {"op": "start", "id": "1", "agent": "heavy"}
+HEAVY_DELTAS: Final = 200
 HEAVY_NOTE: Final = (
-    "W1b is measured without streamed deltas: PublishDeltas is not built yet. heavy_stored_ratio is what all tables of "
-    "the schema state grew by, indexes and TOAST included, by the bytes of the tools' results alone"
+    f"W1b streams {HEAVY_DELTAS} deltas a step, which the sockets read. heavy_stored_ratio is what all tables of the "
+    "schema state grew by, indexes and TOAST included, by the bytes of the tools' results alone"
 )
-_STEP: Final = {"text": "Next.", "calls": [{"tool": "benchmark.payload", "arguments": {"size": HEAVY_RESULT_BYTES}}]}
+_STEP: Final = {
+    "text": "ab" * HEAVY_DELTAS,
+    "deltas": HEAVY_DELTAS,
+    "calls": [{"tool": "benchmark.payload", "arguments": {"size": HEAVY_RESULT_BYTES}}],
+}
 HEAVY_AGENT: Final = orjson.dumps(
     {
         "apiVersion": "mainspring/v1",

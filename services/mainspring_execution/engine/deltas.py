@@ -19,6 +19,8 @@ from mainspring_execution.peers import DeltaCall, State
 RECONNECT_SECONDS_MIN: Final = 0.05
 RECONNECT_SECONDS_MAX: Final = 1.0
 ADDRESS_REFRESH_SECONDS: Final = 1.0
+# Between two frames to one state process.
+FRAME_SECONDS_MIN: Final = 0.02
 
 
 class _Link:
@@ -56,11 +58,14 @@ class Deltas:
         another one passes the text on. A piece that nobody can take is lost, and what follows of this attempt with it.
         """
         source = TextSource(tenant_id=context.tenant_id, user_id=context.user_id, run_id=run_id, step=step)
+        link: _Link | None = None
 
         def write(text: str) -> None:
+            nonlocal link
             if not text or source.is_lost:
                 return
-            link = self._choose(state_id)
+            if link is None or not link.is_live:
+                link = self._choose(state_id)
             if link is None or not link.unsent.add(source, text):
                 source.is_lost = True
                 return
@@ -120,9 +125,13 @@ class Deltas:
 
 
 async def _send(call: DeltaCall, link: _Link) -> None:
-    """What comes in one turn of the loop goes in one frame; what comes while a frame is written goes in the next."""
+    """The first piece after a silence goes at once, with all of its turn of the loop; the next ones are collected.
+
+    Nobody reads faster than that, and each frame and each of its pieces costs three processes their time.
+    """
     while True:
         link.changed.clear()
         if not link.unsent:
             await link.changed.wait()
         await call.write(state_pb2.PublishDeltasRequest(deltas=link.unsent.take()))
+        await asyncio.sleep(FRAME_SECONDS_MIN)

@@ -131,7 +131,8 @@ async def _speak(text: str, emit: Callable[[str], None], *, entry: _Entry) -> No
     """Gives the text out in as many pieces as the entry says, its delay spread between them."""
     pieces = min(entry.deltas, len(text))
     for index in range(pieces):
-        await asyncio.sleep(entry.delay_seconds / pieces)
+        if entry.delay_seconds:
+            await asyncio.sleep(entry.delay_seconds / pieces)
         emit(text[len(text) * index // pieces : len(text) * (index + 1) // pieces])
     if not pieces:
         await asyncio.sleep(entry.delay_seconds)
