@@ -1,4 +1,4 @@
-"""The commands that run the platform or a part of it: dev, worker, migrate, token."""
+"""The commands that run the platform or a part of it: dev, worker, migrate, token, webhook-key."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Modules = Annotated[list[str] | None, typer.Argument(metavar="[MODULE]...", help
 
 def register(app: typer.Typer) -> None:
     """Adds these commands."""
-    for command in (dev, worker, migrate, token):
+    for command in (dev, worker, migrate, token, webhook_key):
         app.command()(command)
 
 
