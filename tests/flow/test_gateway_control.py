@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -178,6 +179,21 @@ async def test_what_is_a_users_own_is_out_of_reach_of_others(
         assert (await other.http("GET", "/v1/approvals")).json["approvals"] == []
     assert (await ready_user.http("POST", f"/v1/runs/{run_id}:cancel")).status == 202
     await socket.ended(run_id)
+
+
+async def test_a_start_may_be_put_off(ready_user: User, socket: StreamClient, gate: Gate) -> None:
+    gate.open()
+    start_time = datetime.now(UTC) + timedelta(seconds=1.5)
+    answer = await socket.ask(
+        "start", agent="gated", input={"gate": gate.path, "value": 2}, start_time=start_time.isoformat(), priority=5
+    )
+    assert (answer["op"], answer["state"]) == ("started", "QUEUED")
+    assert (await ready_user.get_run(answer["run_id"]))["priority"] == 5
+    hold = await holds(ready_user, answer["run_id"])
+    assert (hold["kind"], hold["state"]) == ("timer", "QUEUED")
+    events = await socket.ended(answer["run_id"])
+    check_log(events)
+    assert datetime.fromisoformat(events[0]["event_time"]) >= start_time - timedelta(milliseconds=50)
 
 
 async def test_what_runs_cost_is_told_to_operators(ready_user: User, socket: StreamClient, gate: Gate) -> None:
