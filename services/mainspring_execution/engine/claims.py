@@ -23,6 +23,8 @@ from mainspring_execution.peers import UNREACHED, ClaimCall
 
 CREDIT_MAX: Final = 10_000
 RETRY_SECONDS: Final = 0.25
+# How soon a process that was full looks whether it has room again: runs may stand in line.
+FULL_SECONDS: Final = 0.04
 FAULT_SECONDS: Final = 3.0
 UNKNOWN_LAPSES: Final = -1
 
@@ -45,16 +47,20 @@ class Claims:
         """Keeps a stream of claims open while this process may drive more."""
         lease = self._around.lease
         while not self._runs.is_draining:
+            is_full = not self._runs.room
             if lease.is_held and lease.address and self._runs.room:
                 try:
-                    await self._claim(lease.address)
+                    is_full = await self._claim(lease.address)
                 except grpc.aio.AioRpcError as error:
                     telemetry.logger().info("claims_broken", address=lease.address, code=error.code().name)
                 raise_if_cancelled()
-            await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
+            await asyncio.sleep((FULL_SECONDS if is_full else RETRY_SECONDS) * random.uniform(0.5, 1.0))
 
-    async def _claim(self, address: str) -> None:
-        """Takes runs from one stream while there is room; state counts what was claimed here against the credit."""
+    async def _claim(self, address: str) -> bool:
+        """Takes runs from one stream while there is room; state counts what was claimed here against the credit.
+
+        True: there is no room any more; False: the stream has ended.
+        """
         credit = min(CREDIT_MAX, self._claimed + self._runs.room)
         executor_id = self._around.lease.executor_id
         call = self._call = self._around.state.open_claims(address, executor_id=executor_id, credit=credit)
@@ -63,10 +69,11 @@ class Claims:
                 for claimed in response.runs:
                     self._runs.spawn(self._take_over(claimed))
                 if not self._runs.room:
-                    return
+                    return True
         finally:
             self._call = None
             call.cancel()
+        return False
 
     async def _take_over(self, claimed: state_pb2.ClaimedRun) -> None:
         """Takes a claimed run up where its log ends, again and again if that fails: the run is nobody else's now."""
