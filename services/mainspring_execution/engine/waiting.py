@@ -11,12 +11,14 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit.errors import MainspringError
-from mainspring_kit.identity import UserExecutionContext
+from mainspring_kit.identity import UserExecutionContext, new_id
 
 from mainspring_execution.core.decision import Park, refuse_call
+from mainspring_execution.core.intrinsic import AGENT_PREFIX
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.policy import PAUSE_SECONDS_MAX
 from mainspring_execution.core.record import error_value
+from mainspring_execution.core.sub_runs import check_depth
 from mainspring_execution.core.waits import make_intent, open_wait
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.deadlines import Deadlines
@@ -24,25 +26,33 @@ from mainspring_execution.engine.journal import Journal, ask
 from mainspring_execution.engine.surroundings import Grip, Surroundings
 
 EXPIRY_SECONDS: Final = 1.0
+# The clock of the day and that of timers are two: what the one takes for over may be yet to come for the other.
+SECONDS_MIN: Final = 0.001
 
 
 class Waiting:
-    """The waits of one run. `pause_input`: somebody wants it to stand still once nothing is under way."""
+    """The waits of one run. `pause_input`: somebody wants it to stand still once nothing is under way.
+
+    `ended_sub_runs`: what is told of their ends and not recorded yet.
+    """
 
     def __init__(
         self,
         surroundings: Surroundings,
         context: UserExecutionContext,
         *,
+        run: types_pb2.Run,
         attention: Attention,
         journal: Journal,
         grip: Grip,
         deadlines: Deadlines,
     ) -> None:
         self.pause_input: state_pb2.RunInput | None = None
+        self.ended_sub_runs: list[state_pb2.RunInput] = []
         self._kept: list[state_pb2.RunInput] = []
         self._around = surroundings
         self._context = context
+        self._run = run
         self._attention = attention
         self._journal = journal
         self._grip = grip
@@ -77,7 +87,7 @@ class Waiting:
     def open(self, plan: AgentPlan, calls: Sequence[events_pb2.PlannedCall]) -> None:
         """Records that these calls wait, or what is wrong with them."""
         for call in calls:
-            refusal = refuse_call(plan, call)
+            refusal = refuse_call(plan, call) or check_depth(call, self._run)
             try:
                 if refusal is not None:
                     raise refusal
@@ -93,6 +103,8 @@ class Waiting:
                     )
                 )
                 continue
+            if call.tool.startswith(AGENT_PREFIX):
+                intent.sub_run_id = new_id()
             self._journal.record(tool_executing=intent, event_time=_now())
             if question is not None:
                 ask(self._journal, question)
@@ -118,7 +130,7 @@ class Waiting:
         if until - now <= PAUSE_SECONDS_MAX and not self._attention.is_leaving:
             self._journal.flush()
             if not self._attention.inputs:
-                await self._attention.pause(max(0.0, until - now))
+                await self._attention.pause(max(SECONDS_MIN, until - now))
             return
         progress = self._journal.progress
         if not progress.paused and progress.last_event != "agent_waiting":
@@ -137,6 +149,9 @@ class Waiting:
         kind = "" if request.request_id in progress.requests else request.WhichOneof("input")
         if kind == "pause":
             self.pause_input = request
+            return
+        if kind == "sub_run_ended":
+            self.ended_sub_runs.append(request)
             return
         if kind == "resume":
             self._resume(request)
