@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 import pytest
+from mainspring import Client, Delta
 
 from test_framework.agents import Spec, call, scripted_agent, step
 from test_framework.identities import make_context
@@ -19,7 +20,7 @@ from test_framework.websocket_client import SUBPROTOCOL, Frame, StreamClient, ch
 pytestmark = [pytest.mark.flow, pytest.mark.websocket, pytest.mark.real_services]
 
 TEXT = "Grüße an alle, von 🌍 zu 🌍. " * 20
-SAID_SECONDS = 3
+SAID_SECONDS = 2
 LONG = 500_000
 LONG_STEPS = 7
 
@@ -107,6 +108,16 @@ async def test_a_foreign_user_is_shown_nothing(speaker: User) -> None:
             await client.ended(run_id)
             await other.ended(own)
             assert {frame["run_id"] for frame in other.frames if frame["op"] in ("delta", "event")} == {own}
+
+
+async def test_the_python_client_is_given_text_while_it_comes(speaker: User) -> None:
+    said: list[Delta] = []
+    async with Client(speaker.stack.gateway, speaker.token) as client:
+        stream = client.stream("speaking", {"text": TEXT}, on_text=said.append)
+        steps = [len(said) async for event in stream if event.type in ("agent_started", "agent_thinking")]
+    assert steps[0] == 0 < steps[1]
+    assert "".join(delta.text for delta in said if delta.step == 1) == TEXT
+    assert all(delta.offset <= len(TEXT) for delta in said)
 
 
 @asynccontextmanager

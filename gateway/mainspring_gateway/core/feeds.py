@@ -147,6 +147,7 @@ class Feeds:
         feed = self._feeds.get(follow.run_id)
         if feed is None:
             feed = self._feeds[follow.run_id] = _Feed(follow, last_seq=follow.sent_seq, follower_id=self.follower_id)
+            feed.step = follow.step
             feed.follows[follow] = None
             self._subscribe(feed)
             return True

@@ -45,6 +45,7 @@ class Follow:
         "is_over",
         "run_id",
         "sent_seq",
+        "step",
         "tenant_id",
         "user_id",
         "watcher",
@@ -57,6 +58,8 @@ class Follow:
         self.user_id = run.user_id
         self.frame_id = frame_id
         self.sent_seq = after_seq
+        # The last model step whose end it was shown.
+        self.step = 0
         self.is_over = False
         self.has_ended = False
         self._held: list[EncodedEvent] | None = None
@@ -76,6 +79,7 @@ class Follow:
         if event.seq <= self.sent_seq or self.is_over:
             return
         self.sent_seq = event.seq
+        self.step = event.step or self.step
         self.watcher.show(event)
         if event.sub_run_id:
             self.watcher.branch(self, event.sub_run_id)

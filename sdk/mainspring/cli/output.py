@@ -84,7 +84,7 @@ class EventPrinter:
         seconds = (now - self._first).total_seconds()
         style = _STYLES.get(event.type, "")
         agent = "" if event.run_id == self._run_id else f"  └ {event.frame.get('agent', '')}: "
-        line = Text.assemble((f"{seconds:7.3f} s  ", "dim"), agent, (f"{event.type:<16}  ", style), describe(event))
+        line = Text.assemble((f"{seconds:7.3f} s  ", "dim"), agent, (f"{event.type:<18}  ", style), describe(event))
         self._end_line()
         self._console.print(line, soft_wrap=True)
 

@@ -441,6 +441,13 @@ def test_text_of_the_next_step_outlives_what_else_happens() -> None:
     assert watcher.texts == [(1, 0, "one"), (1, 3, " two")]
 
 
+def test_text_of_a_step_whose_end_was_read_from_the_log_comes_too_late() -> None:
+    stream = Stream()
+    _, watcher = stream.follow(after_seq=0, log=[1, 2])
+    stream.deliver(text(0, "old", step=2), text(0, "new", step=3))
+    assert watcher.texts == [(3, 0, "new")]
+
+
 def test_another_attempt_shows_its_text_from_the_beginning() -> None:
     stream = Stream()
     _, watcher = stream.follow(after_seq=0)
