@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from mainspring.v1 import events_pb2, execution_pb2, types_pb2
+from mainspring.v1 import events_pb2, execution_pb2, state_pb2, types_pb2
 from mainspring_execution.config import ExecutionSettings
 
 from test_framework.agents import Spec, call, scripted_agent, step
@@ -224,6 +224,10 @@ async def test_a_long_wait_gives_the_run_back_and_counts_on(ann: Caller) -> None
     assert "run_recovered" not in names(events)
     completed = next(event for event in events if event.HasField("tool_completed"))
     assert completed.event_time.ToNanoseconds() >= failed_time.ToNanoseconds() - 200_000_000
+    asked = state_pb2.ListRunMetricsRequest(run_id=run.run_id)
+    (row,) = (await ann.state.ListRunMetrics(asked, **ann.options("operator"))).metrics
+    assert (row.run_id, row.model_calls, row.tool_calls, row.tool_errors, row.retries) == (run.run_id, 2, 1, 0, 1)
+    assert 2_000 < row.waiting_ms < row.duration_ms
 
 
 async def test_a_takeover_counts_on_from_the_log(ann: Caller, settings: ExecutionSettings) -> None:
