@@ -13,6 +13,7 @@ ALTER TABLE state.runs
   ADD COLUMN root_run_id uuid,
   ADD COLUMN parent_call_id text,
   ADD COLUMN source_run_id uuid,
+  ADD COLUMN source_seq bigint NOT NULL DEFAULT 0,
   ADD COLUMN webhook_url text,
   ADD COLUMN webhook_credential text,
   ADD COLUMN waiting_ms double precision,
@@ -145,7 +146,8 @@ CREATE FUNCTION state.append_batch(
   end_first integer, results bytea[], errors text[], all_stages text[], usages text[],
   consumed_items integer[], consumed_requests text[], interrupt_payload bytea,
   root_count integer, parents uuid[], roots uuid[], parent_calls text[], depths integer[],
-  sources uuid[], attempts integer[], priorities integer[], hook_urls text[], hook_credentials text[],
+  sources uuid[], source_seqs bigint[], attempts integer[], priorities integer[], hook_urls text[],
+  hook_credentials text[],
   release_items integer[], release_dues timestamptz[],
   model_counts integer[], tool_counts integer[], error_counts integer[], cache_counts integer[],
   retry_counts integer[], waitings double precision[],
@@ -255,11 +257,12 @@ BEGIN
       SELECT i, ordinal, has_turn, has_turn AND NOT coalesce(stands[i], false) AS is_running FROM turns
     ), made_runs AS (
       INSERT INTO state.runs (run_id, append_id, ordinal, last_seq, start_time, deadline, state, tenant_id, user_id,
-        session_id, agent, agent_version, trace_id, input, source_run_id, attempt, priority, webhook_url,
+        session_id, agent, agent_version, trace_id, input, source_run_id, source_seq, attempt, priority, webhook_url,
         webhook_credential, due_time, caps, cap_limits)
       SELECT runs[i], append_ids[i], ordinal, is_running::integer, CASE WHEN is_running THEN now() END, deadlines[i],
         1 + is_running::integer, tenants[i], users[i], session_ids[i], agents[i], versions[i], traces[i], run_inputs[i],
-        sources[i], coalesce(attempts[i], 1), coalesce(priorities[i], 0), hook_urls[i], hook_credentials[i], dues[i],
+        sources[i], coalesce(source_seqs[i], 0), coalesce(attempts[i], 1), coalesce(priorities[i], 0), hook_urls[i],
+        hook_credentials[i], dues[i],
         CASE WHEN stands[i] THEN (
           SELECT array_agg(cap_scopes[k] ORDER BY k) FROM generate_subscripts(cap_items, 1) AS k
           WHERE cap_items[k] = i) END,
@@ -335,11 +338,11 @@ BEGIN
         SELECT i FROM generate_series(root_count + 1, create_count) AS i WHERE i <> ALL (missed)
       ), made_runs AS (
         INSERT INTO state.runs (run_id, append_id, ordinal, last_seq, start_time, deadline, state, tenant_id, user_id,
-          session_id, agent, agent_version, trace_id, input, source_run_id, attempt, priority, webhook_url,
+          session_id, agent, agent_version, trace_id, input, source_run_id, source_seq, attempt, priority, webhook_url,
           webhook_credential, parent_run_id, root_run_id, parent_call_id, depth)
         SELECT runs[i], append_ids[i], 0, 1, now(), deadlines[i], 2, tenants[i], users[i], session_ids[i], agents[i],
-          versions[i], traces[i], run_inputs[i], sources[i], coalesce(attempts[i], 1), coalesce(priorities[i], 0),
-          hook_urls[i], hook_credentials[i], parents[i - root_count], roots[i - root_count],
+          versions[i], traces[i], run_inputs[i], sources[i], coalesce(source_seqs[i], 0), coalesce(attempts[i], 1),
+          coalesce(priorities[i], 0), hook_urls[i], hook_credentials[i], parents[i - root_count], roots[i - root_count],
           parent_calls[i - root_count], depths[i - root_count]
         FROM fresh
       ), leased AS (
@@ -714,9 +717,8 @@ BEGIN
 END
 $body$;
 
--- Hands runs that nobody drives to an executor, so that it holds at most `credit` claimed ones: first the runs of
--- silent executors, of executors never heard of, and those whose claim was not handed over; then what is due, and what
--- stands in line, tenant by tenant.
+-- Hands runs that nobody drives to an executor, so that it holds at most `credit` claimed ones: what stands in line;
+-- the runs of silent executors, of executors never heard of, and those whose claim was not handed over; what is due.
 -- `connected`: since when this state process has been able to store beats, in database time.
 CREATE FUNCTION state.claim_runs(
   executor text, credit integer, connected timestamptz, a_state_id text, full_lease_seconds double precision,
@@ -728,12 +730,8 @@ DECLARE
   full_lease interval := make_interval(secs => full_lease_seconds);
   silent text[];
   room integer;
-  due_room integer;
   entry record;
   taken record;
-  next_run uuid;
-  taken_count integer;
-  passed text[] := '{}';
 BEGIN
   connected := greatest(connected, pg_postmaster_start_time());
   silent := ARRAY(
@@ -745,6 +743,15 @@ BEGIN
   END IF;
   room := least(page_max, credit - (
     SELECT count(*) FROM state.leases l WHERE l.claim_seq IS NOT NULL AND l.executor_id = executor));
+  -- What stands in line, what was lost and what is due share the room, so that none waits for the last of the others.
+  FOR taken IN
+    SELECT * FROM state.claim_lined(executor, a_state_id, stalled_max, floor(room / 2.0 + random())::integer, true)
+  LOOP
+    run := taken.run;
+    handed_back := taken.handed_back;
+    room := room - 1;
+    RETURN NEXT;
+  END LOOP;
   FOR entry IN
     SELECT l.tenant_id, l.run_id,
       NOT EXISTS (
@@ -769,44 +776,25 @@ BEGIN
     room := room - 1;
     RETURN NEXT;
   END LOOP;
-  -- The two share the room, so that neither waits for the last of the other.
-  FOR turn IN 1 .. 3 LOOP
-    due_room := CASE turn WHEN 1 THEN floor(room / 2.0 + random()) WHEN 2 THEN 0 ELSE room END;
-    FOR entry IN
-      SELECT d.tenant_id, d.run_id FROM state.ready d
-      WHERE d.due_time <= moment
-        AND NOT EXISTS (SELECT FROM state.leases l WHERE l.tenant_id = d.tenant_id AND l.run_id = d.run_id)
-      ORDER BY d.due_time LIMIT 4 * greatest(due_room, 0) FOR UPDATE SKIP LOCKED
-    LOOP
-      EXIT WHEN due_room <= 0;
-      SELECT * INTO taken
-      FROM state.take(entry.tenant_id, entry.run_id, executor, a_state_id, stalled_max, false, 'ready');
-      run := taken.run;
-      handed_back := taken.handed_back;
-      CONTINUE WHEN run.run_id IS NULL;
-      due_room := due_room - 1;
-      room := room - 1;
-      RETURN NEXT;
-    END LOOP;
-    WHILE turn = 2 AND room > 0 LOOP
-      SELECT * INTO entry FROM state.next_in_line(passed, room);
-      EXIT WHEN NOT FOUND;
-      taken_count := 0;
-      FOREACH next_run IN ARRAY entry.run_ids LOOP
-        SELECT * INTO taken
-        FROM state.take(entry.tenant_id, next_run, executor, a_state_id, stalled_max, false, 'line');
-        run := taken.run;
-        handed_back := taken.handed_back;
-        CONTINUE WHEN run.run_id IS NULL;
-        taken_count := taken_count + 1;
-        room := room - 1;
-        RETURN NEXT;
-      END LOOP;
-      PERFORM state.settle_line(entry.tenant_id, taken_count);
-      IF taken_count = 0 THEN
-        passed := passed || entry.tenant_id;
-      END IF;
-    END LOOP;
+  FOR entry IN
+    SELECT d.tenant_id, d.run_id FROM state.ready d
+    WHERE d.due_time <= moment
+      AND NOT EXISTS (SELECT FROM state.leases l WHERE l.tenant_id = d.tenant_id AND l.run_id = d.run_id)
+    ORDER BY d.due_time LIMIT 4 * greatest(room, 0) FOR UPDATE SKIP LOCKED
+  LOOP
+    EXIT WHEN room <= 0;
+    SELECT * INTO taken
+    FROM state.take(entry.tenant_id, entry.run_id, executor, a_state_id, stalled_max, false, 'ready');
+    run := taken.run;
+    handed_back := taken.handed_back;
+    CONTINUE WHEN run.run_id IS NULL;
+    room := room - 1;
+    RETURN NEXT;
+  END LOOP;
+  FOR taken IN SELECT * FROM state.claim_lined(executor, a_state_id, stalled_max, room, false) LOOP
+    run := taken.run;
+    handed_back := taken.handed_back;
+    RETURN NEXT;
   END LOOP;
   DELETE FROM state.executors e
   WHERE e.beat_time + greatest(e.lease_seconds, full_lease_seconds) * interval '1 s' <= moment

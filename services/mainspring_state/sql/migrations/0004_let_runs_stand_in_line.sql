@@ -274,7 +274,7 @@ $body$;
 
 -- Leads on a run whose turn in its session has come: to its time, then to its slots, then to an executor. 'begins': it
 -- has all it needs and its creator may begin it; 'lined': it stands in line for an executor; 'waits'. Where others may
--- have a better right to slots that are free, it waits_first, until `give_slots` is called. The tenant's share is locked.
+-- have a better right to free slots, it waits_first, until `give_slots` is called. The tenant's share is locked.
 CREATE FUNCTION state.lead_on(a_tenant_id text, a_run_id uuid, may_begin boolean, waits_first boolean) RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $body$
 DECLARE
@@ -350,9 +350,10 @@ BEGIN
 END
 $body$;
 
--- The next tenant's runs in line for an executor: at most room_max, and none that another tenant has a better right to.
--- No row: there is nothing more to be had. The share stays locked; `settle_line` must be told how many were taken.
-CREATE FUNCTION state.next_in_line(passed_tenants text[], room_max integer)
+-- The next tenant's runs in line for an executor: at most room_max, and none that another tenant has a better right
+-- to. No row: there is nothing to be had, or others have it locked; may_wait: then it waits for the first of it, which
+-- only who holds no lock may do. The share stays locked; `settle_line` must be told how many were taken.
+CREATE FUNCTION state.next_in_line(passed_tenants text[], room_max integer, may_wait boolean)
 RETURNS TABLE (tenant_id text, run_ids uuid[])
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $body$
 DECLARE
@@ -361,7 +362,10 @@ DECLARE
 BEGIN
   SELECT * INTO share FROM state.shares s WHERE s.is_lined AND s.tenant_id <> ALL (passed_tenants)
   ORDER BY s.pass LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
-  IF NOT FOUND THEN
+  IF NOT FOUND AND may_wait THEN
+    SELECT * INTO share FROM state.shares s WHERE s.is_lined ORDER BY s.pass LIMIT 1 FOR NO KEY UPDATE;
+  END IF;
+  IF share.tenant_id IS NULL THEN
     RETURN;
   END IF;
   SELECT s.pass INTO other_pass FROM state.shares s
@@ -386,6 +390,40 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_s
   UPDATE state.shares s SET pass = s.pass + taken::double precision / greatest(s.weight, 1),
     is_lined = EXISTS (SELECT FROM state.ready d WHERE d.tenant_id = a_tenant_id AND d.in_line)
   WHERE s.tenant_id = a_tenant_id
+$body$;
+
+-- Hands runs that stand in line to an executor, tenant by tenant. Only who holds no lock may_wait.
+CREATE FUNCTION state.claim_lined(
+  executor text, a_state_id text, stalled_max integer, room integer, may_wait boolean
+) RETURNS TABLE (run state.runs, handed_back boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+  next record;
+  next_run uuid;
+  taken record;
+  taken_count integer;
+  passed text[] := '{}';
+BEGIN
+  WHILE room > 0 LOOP
+    SELECT * INTO next FROM state.next_in_line(passed, room, may_wait);
+    EXIT WHEN NOT FOUND;
+    may_wait := false;
+    taken_count := 0;
+    FOREACH next_run IN ARRAY next.run_ids LOOP
+      SELECT * INTO taken FROM state.take(next.tenant_id, next_run, executor, a_state_id, stalled_max, false, 'line');
+      run := taken.run;
+      handed_back := taken.handed_back;
+      CONTINUE WHEN run.run_id IS NULL;
+      taken_count := taken_count + 1;
+      room := room - 1;
+      RETURN NEXT;
+    END LOOP;
+    PERFORM state.settle_line(next.tenant_id, taken_count);
+    IF taken_count = 0 THEN
+      passed := passed || next.tenant_id;
+    END IF;
+  END LOOP;
+END
 $body$;
 
 -- In which lines a run of the user stands: `kind` as in HoldKind, in whose way which cap is, at most ten runs that hold
@@ -427,7 +465,8 @@ BEGIN
   FOR signature IN
     SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'state'::regnamespace
       AND p.proname IN ('lock_shares', 'overflowing', 'enter_line', 'take_slots', 'wait_for_slots', 'stop_waiting',
-        'give_slots', 'set_caps', 'free_slots', 'lead_on', 'may_go', 'next_in_line', 'settle_line', 'lines_of')
+        'give_slots', 'set_caps', 'free_slots', 'lead_on', 'may_go', 'next_in_line', 'settle_line', 'claim_lined',
+        'lines_of')
   LOOP
     EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', signature);
     EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO mainspring_state_engine', signature);
