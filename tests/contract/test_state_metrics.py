@@ -333,3 +333,36 @@ async def test_a_webhook_that_no_row_can_hold_is_refused(executor: Executor) -> 
     ):
         create = executor.create(person(), webhook=wrong)
         assert reason_of((await executor.send_one(create)).status) == "REQUEST_INVALID"
+
+
+async def test_the_database_itself_keeps_tenants_and_users_apart(
+    executor: Executor, user: UserExecutionContext, contract_environment: dict[str, Any]
+) -> None:
+    stranger, colleague = person(), person(user.tenant_id)
+    run_id = await executor.start(user)
+    await executor.go_on(user, run_id, completed(), after=1)
+    other = person(user.tenant_id)
+    await ask_person(executor, other, role="operator")
+    service = await asyncpg.connect(contract_environment["database_url"])
+
+    async def shown(tenant_id: str, user_id: str, roles: str) -> tuple[int, int, int]:
+        async with service.transaction():
+            values = {"tenant_id": tenant_id, "user_id": user_id, "answer_roles": roles}
+            for name, value in values.items():
+                await service.execute("SELECT set_config($1, $2, true)", f"mainspring.{name}", value)
+            rows = await service.fetchval("SELECT count(*) FROM state.run_metrics WHERE run_id = $1", run_id)
+            approvals = await service.fetchval("SELECT count(*) FROM state.approvals WHERE user_id = $1", other.user_id)
+            known = await service.fetch("SELECT * FROM state.circumstances($1, $2, $3)", tenant_id, user_id, run_id)
+        return rows, approvals, len(known)
+
+    try:
+        assert await shown(user.tenant_id, user.user_id, "") == (1, 0, 1)
+        assert await shown(user.tenant_id, other.user_id, "") == (1, 1, 0)
+        assert await shown(user.tenant_id, colleague.user_id, "operator,admin") == (1, 1, 0)
+        assert await shown(stranger.tenant_id, stranger.user_id, "operator,admin") == (0, 0, 0)
+        assert await service.fetchval("SELECT count(*) FROM state.run_metrics") == 0
+        for closed in ("state.webhooks", "state.inputs", "state.leases", "state.ready"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await service.fetchval(f"SELECT count(*) FROM {closed}")
+    finally:
+        await service.close()

@@ -8,6 +8,8 @@ import asyncpg
 import pytest
 from mainspring.v1 import state_pb2, types_pb2
 from mainspring_kit.identity import UserExecutionContext
+from mainspring_state.core.append import check
+from mainspring_state.store.log import Batch, LogWriter
 
 from test_framework.identities import Identities
 from tests.contract.state_calls import Executor, cancelled, claiming, completed, person, reason_of
@@ -136,3 +138,19 @@ async def test_a_sub_run_needs_a_parent_of_its_user_that_has_not_ended(
     assert reason_of((await executor.send_one(create(user))).status) == "RUN_ENDED"
     # Its parent is gone: its end is nobody's input.
     await executor.go_on(user, append.run_id, completed(), after=1)
+
+
+async def test_the_commit_of_a_sub_runs_end_names_the_holder_of_its_parent(
+    executor: Executor, user: UserExecutionContext, contract_environment: dict[str, Any]
+) -> None:
+    parent = await executor.start(user)
+    child = await fork_sub_run(executor, user, parent)
+    writer = await LogWriter.open(contract_environment["database_url"])
+    try:
+        committed = await writer.commit(Batch([check(executor.append(user, child, completed(), after=1))]))
+    finally:
+        writer.close()
+    ((holder, told),) = committed.told
+    assert (holder, told.run_id, told.tenant_id) == (executor.executor_id, parent, user.tenant_id)
+    assert (told.request_id, told.requested_by) == (child, user.user_id)
+    assert told.sub_run_ended.call_id == f"{parent}.2.0"
