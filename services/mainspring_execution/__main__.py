@@ -84,7 +84,7 @@ async def wired(settings: ExecutionSettings) -> AsyncIterator[Execution]:
             claims.run(),
         ) as tasks:
             runs.open(tasks)
-            yield Execution(ExecutionServicer(runs, state), runs, claims, around)  # type: ignore[abstract]  # the rest is not built
+            yield Execution(ExecutionServicer(runs, state), runs, claims, around)
 
 
 def _open_shop(settings: ExecutionSettings) -> Shop:

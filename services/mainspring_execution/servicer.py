@@ -11,16 +11,17 @@ from typing import Final
 from google.protobuf.message import Message
 from mainspring.v1 import execution_pb2 as pb
 from mainspring.v1 import execution_pb2_grpc as rpc
-from mainspring.v1 import state_pb2
+from mainspring.v1 import state_pb2, types_pb2
 from mainspring_kit.errors import from_status
-from mainspring_kit.identity import current_context, new_id
+from mainspring_kit.identity import UserExecutionContext, current_context, new_id
 from mainspring_kit.interceptors import ServicerContext
 from mainspring_kit.streams import Replies, serve_batches
 
 from mainspring_execution.core.control import check_answer
 from mainspring_execution.core.explain import explain, merge
 from mainspring_execution.core.progress import fold
-from mainspring_execution.core.start import check_json, check_known_run_id
+from mainspring_execution.core.repeats import again, fork_of, retry_of
+from mainspring_execution.core.start import NO_ORIGIN, Origin, check_json, check_known_run_id
 from mainspring_execution.engine.runs import Runs, draining
 from mainspring_execution.peers import State
 
@@ -38,17 +39,7 @@ class ExecutionServicer(rpc.ExecutionServiceServicer):
     async def StartRun(self, request: pb.StartRunRequest, context: ServicerContext) -> pb.StartRunResponse:
         caller = current_context()
         caller = caller if caller.run_id else replace(caller, run_id=new_id())
-        answered: asyncio.Future[pb.StartResult] = asyncio.get_running_loop().create_future()
-
-        def reply(result: pb.StartResult) -> None:
-            # A caller that has gone away gets no answer; the run goes on.
-            if not answered.done():
-                answered.set_result(result)
-
-        self._runs.start(pb.StartItem(context=caller.to_message(), start=request), reply)
-        result = await answered
-        if result.status.code:
-            raise from_status(result.status)
+        result = await self._start(caller, request)
         response = pb.StartRunResponse(run_id=result.run_id, state=result.state)
         if request.HasField("wait"):
             seconds = request.wait.ToNanoseconds() / 1e9
@@ -111,6 +102,22 @@ class ExecutionServicer(rpc.ExecutionServiceServicer):
         run_id = await self._put_input(approval.run_id, request.request_id, approval=answer)
         return pb.ResolveApprovalResponse(run_id=run_id)
 
+    async def RetryRun(self, request: pb.RetryRunRequest, context: ServicerContext) -> pb.RetryRunResponse:
+        source = await self._get_run(request.run_id)
+        caller = current_context()
+        start = again(source, key=f"retry/{request.request_id or caller.request_id}")
+        result = await self._start(replace(caller, run_id=new_id()), start, retry_of(source))
+        return pb.RetryRunResponse(run_id=result.run_id, state=result.state)
+
+    async def ForkRun(self, request: pb.ForkRunRequest, context: ServicerContext) -> pb.ForkRunResponse:
+        source = await self._get_run(request.run_id)
+        caller = current_context()
+        start = again(source, key=f"fork/{request.request_id or caller.request_id}")
+        start.session_id = request.session_id or source.session_id
+        start.version = request.version or source.agent_version
+        result = await self._start(replace(caller, run_id=new_id()), start, fork_of(source, seq=request.seq))
+        return pb.ForkRunResponse(run_id=result.run_id, state=result.state)
+
     async def ExplainRun(self, request: pb.ExplainRunRequest, context: ServicerContext) -> pb.ExplainRunResponse:
         check_known_run_id(request.run_id)
         caller = current_context()
@@ -125,6 +132,27 @@ class ExecutionServicer(rpc.ExecutionServiceServicer):
         """Lets every StartRuns stream end once it has answered; callers turn to another executor then."""
         for replies in list(self._streams):
             replies.end()
+
+    async def _start(
+        self, caller: UserExecutionContext, start: pb.StartRunRequest, origin: Origin = NO_ORIGIN
+    ) -> pb.StartResult:
+        """Starts a run for the caller; what it is answered once the run is durable."""
+        answered: asyncio.Future[pb.StartResult] = asyncio.get_running_loop().create_future()
+
+        def reply(result: pb.StartResult) -> None:
+            # A caller that has gone away gets no answer; the run goes on.
+            if not answered.done():
+                answered.set_result(result)
+
+        self._runs.start(pb.StartItem(context=caller.to_message(), start=start), reply, origin=origin)
+        result = await answered
+        if result.status.code:
+            raise from_status(result.status)
+        return result
+
+    async def _get_run(self, run_id: str) -> types_pb2.Run:
+        check_known_run_id(run_id)
+        return await self._state.get_run(current_context(), run_id)
 
     async def _put_input(self, run_id: str, request_id: str, **asked: Message) -> str:
         """Makes what is asked durable; the run's id. `asked` is one of the fields of PutInputRequest's oneof."""

@@ -24,7 +24,7 @@ class Batch:
             self.end_first, self.results, self.errors, self.all_stages, self.usages,
             self.consumed_items, self.consumed_requests, self.interrupt_payload,
             self.root_count, self.parents, self.roots, self.parent_calls, self.depths,
-            self.sources, self.attempts, self.priorities, self.hook_urls, self.hook_credentials,
+            self.sources, self.source_seqs, self.attempts, self.priorities, self.hook_urls, self.hook_credentials,
             self.release_items, self.release_dues,
             self.model_counts, self.tool_counts, self.error_counts, self.cache_counts, self.retry_counts, self.waitings,
             self.ask_items, self.ask_seqs, self.ask_kinds, self.ask_roles, self.ask_titles, self.ask_calls,

@@ -280,6 +280,7 @@ class Tables(Lining):
             "input": batch.run_inputs[i],
             "depth": 0,
             "source_run_id": batch.sources[i] if batch.sources else None,
+            "source_seq": (batch.source_seqs[i] if batch.source_seqs else None) or 0,
             "attempt": (batch.attempts[i] if batch.attempts else None) or 1,
             "priority": (batch.priorities[i] if batch.priorities else None) or 0,
             "due_time": batch.due(i),

@@ -179,6 +179,7 @@ class CreateRun(_message.Message):
     SOURCE_RUN_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     WEBHOOK_FIELD_NUMBER: _builtins.int
+    SOURCE_SEQ_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The user it belongs to."""
     session_id: _builtins.str
@@ -223,6 +224,8 @@ class CreateRun(_message.Message):
     """The run that this one retries or was forked from; empty: none."""
     attempt: _builtins.int
     """Which attempt at its work it is; 0: 1."""
+    source_seq: _builtins.int
+    """For a fork: the source's event up to which finished steps are taken over; 0: it is no fork."""
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp:
         """Ends the run when passed; unset: none."""
@@ -267,10 +270,11 @@ class CreateRun(_message.Message):
         source_run_id: _builtins.str = ...,
         attempt: _builtins.int = ...,
         webhook: Global___Webhook | None = ...,
+        source_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "due_time", b"due_time", "webhook", b"webhook"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "attempt", b"attempt", "backlog_max", b"backlog_max", "caps", b"caps", "deadline", b"deadline", "depth", b"depth", "due_time", b"due_time", "executor_id", b"executor_id", "follower_id", b"follower_id", "idempotency_key", b"idempotency_key", "input", b"input", "parent_call_id", b"parent_call_id", "parent_run_id", b"parent_run_id", "policy", b"policy", "priority", b"priority", "queue_only", b"queue_only", "request_hash", b"request_hash", "root_run_id", b"root_run_id", "session_id", b"session_id", "source_run_id", b"source_run_id", "trace_id", b"trace_id", "user_id", b"user_id", "webhook", b"webhook", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "attempt", b"attempt", "backlog_max", b"backlog_max", "caps", b"caps", "deadline", b"deadline", "depth", b"depth", "due_time", b"due_time", "executor_id", b"executor_id", "follower_id", b"follower_id", "idempotency_key", b"idempotency_key", "input", b"input", "parent_call_id", b"parent_call_id", "parent_run_id", b"parent_run_id", "policy", b"policy", "priority", b"priority", "queue_only", b"queue_only", "request_hash", b"request_hash", "root_run_id", b"root_run_id", "session_id", b"session_id", "source_run_id", b"source_run_id", "source_seq", b"source_seq", "trace_id", b"trace_id", "user_id", b"user_id", "webhook", b"webhook", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

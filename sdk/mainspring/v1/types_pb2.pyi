@@ -732,6 +732,7 @@ class Run(_message.Message):
     SOURCE_RUN_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    SOURCE_SEQ_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run (a UUIDv7), made by the gateway."""
     tenant_id: _builtins.str
@@ -770,6 +771,8 @@ class Run(_message.Message):
     """Which attempt at its work it is, from 1."""
     priority: _builtins.int
     """Among the tenant's runs in line, higher goes first; -100 to 100."""
+    source_seq: _builtins.int
+    """For a fork: the source's event up to which finished steps are taken over; 0: it is no fork."""
     @_builtins.property
     def error(self) -> Global___RunError:
         """The error; unset unless FAILED or TIMED_OUT."""
@@ -832,10 +835,11 @@ class Run(_message.Message):
         source_run_id: _builtins.str = ...,
         attempt: _builtins.int = ...,
         priority: _builtins.int = ...,
+        source_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline", b"deadline", "end_time", b"end_time", "error", b"error", "released_time", b"released_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "attempt", b"attempt", "create_time", b"create_time", "deadline", b"deadline", "depth", b"depth", "end_time", b"end_time", "epoch", b"epoch", "error", b"error", "input", b"input", "last_seq", b"last_seq", "ordinal", b"ordinal", "parent_run_id", b"parent_run_id", "priority", b"priority", "released_time", b"released_time", "result", b"result", "root_run_id", b"root_run_id", "run_id", b"run_id", "session_id", b"session_id", "source_run_id", b"source_run_id", "stages", b"stages", "start_time", b"start_time", "state", b"state", "tenant_id", b"tenant_id", "trace_id", b"trace_id", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "attempt", b"attempt", "create_time", b"create_time", "deadline", b"deadline", "depth", b"depth", "end_time", b"end_time", "epoch", b"epoch", "error", b"error", "input", b"input", "last_seq", b"last_seq", "ordinal", b"ordinal", "parent_run_id", b"parent_run_id", "priority", b"priority", "released_time", b"released_time", "result", b"result", "root_run_id", b"root_run_id", "run_id", b"run_id", "session_id", b"session_id", "source_run_id", b"source_run_id", "source_seq", b"source_seq", "stages", b"stages", "start_time", b"start_time", "state", b"state", "tenant_id", b"tenant_id", "trace_id", b"trace_id", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,10 +12,11 @@ import orjson
 from mainspring.v1 import events_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 
-from mainspring_execution.core.intrinsic import is_intrinsic
-from mainspring_execution.core.plan import AgentPlan
+from mainspring_execution.core.intrinsic import HANDOFF_PREFIX, is_intrinsic
+from mainspring_execution.core.plan import STEPS_MAX, AgentPlan
 from mainspring_execution.core.progress import Progress
 from mainspring_execution.core.record import error_value
+from mainspring_execution.core.sub_runs import find_failure, handed_over_already
 from mainspring_execution.core.unknown import Ask, WaitForAnswer, resolve_unknown
 from mainspring_execution.core.waits import settle_wait, wait_of, wake_time
 
@@ -52,6 +53,13 @@ class OpenWaits:
     """Record that these calls wait."""
 
     calls: tuple[events_pb2.PlannedCall, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Let another agent go on: everything else of the step is done."""
+
+    call: events_pb2.PlannedCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +100,7 @@ class Fail:
     error: types_pb2.RunError
 
 
-Decision = Wait | CallModel | CallTools | OpenWaits | Close | Expire | Ask | Park | Finish | Fail
+Decision = Wait | CallModel | CallTools | OpenWaits | HandOver | Close | Expire | Ask | Park | Finish | Fail
 
 
 def decide(plan: AgentPlan, progress: Progress, *, run_id: str, now: float, under_way: Container[str] = ()) -> Decision:
@@ -106,12 +114,14 @@ def decide(plan: AgentPlan, progress: Progress, *, run_id: str, now: float, unde
         return Wait.BEGIN
     if progress.paused:
         return Park()
+    if plan.fail_fast and (failure := find_failure(plan, progress)) is not None:
+        return Fail(failure)
     calls = progress.open_calls()
     if calls:
         return _decide_calls(progress, calls, now=now, under_way=under_way)
     if progress.result:
         return Finish(progress.result)
-    if progress.steps >= plan.steps_max:
+    if progress.steps >= min(progress.agent_first_step - 1 + plan.steps_max, STEPS_MAX):
         return Fail(error_value(_steps_exhausted(run_id, plan)))
     due_time = progress.retry_times.get("", 0.0) if progress.retry_times else 0.0
     if due_time > now:
@@ -163,6 +173,14 @@ def _decide_calls(
 ) -> Decision:
     """What is asked of others goes on beside what only waits; the run is given back when nothing else is left."""
     waits = [call for call in calls if is_intrinsic(call.tool)]
+    if waits:
+        handoffs = [call for call in waits if call.tool.startswith(HANDOFF_PREFIX)]
+        if len(handoffs) == len(calls):
+            refused = handed_over_already(progress, handoffs[0])
+            return HandOver(handoffs[0]) if refused is None else Close(refused)
+        if handoffs:
+            calls = [call for call in calls if call not in handoffs]
+            waits = [call for call in waits if call not in handoffs]
     decision = _decide_waits(progress, waits, now=now) if waits else None
     if decision is not None:
         return decision

@@ -25,6 +25,7 @@ class Progress:
         "attempts",
         "cache_hits",
         "call_failures",
+        "copied_seq",
         "cost_usd",
         "ended",
         "failures",
@@ -46,11 +47,14 @@ class Progress:
         "retry_times",
         "seq",
         "signals",
+        "source_run_id",
+        "source_seq",
         "started_ms",
         "steps",
         "thoughts",
         "tool_calls",
         "tool_errors",
+        "unmade",
         "waiting_ms",
         "waiting_since_ms",
     )
@@ -91,6 +95,12 @@ class Progress:
         self.agent = ""
         self.agent_version = ""
         self.agent_first_step = 1
+        # Whose steps up to which event this run begins with; 0: none, or it has gone on since.
+        self.source_run_id = ""
+        self.source_seq = 0
+        self.copied_seq = 0
+        # Sub-runs by call id, open, of which it is not known that they were made: no run parks before they are.
+        self.unmade: dict[str, str] = {}
         # Of the calls that only wait: when each began, in milliseconds since 1970.
         self.opened_ms: dict[str, float] = {}
         # By call id: the question that is open, and the answer to the last one.
@@ -130,10 +140,13 @@ class Progress:
         elif kind == "agent_started":
             self.input = event.agent_started.input
             self.started_ms = _milliseconds(event)
+            self.source_run_id, self.source_seq = event.agent_started.source_run_id, event.agent_started.source_seq
         elif kind in ("agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"):
             self.ended = True
         elif not self._apply_control(event, self.last_event) and not event.safe_to_skip:
             raise ValueError(f"run {event.run_id}: this release does not know what event {event.seq} means")
+        if event.source_seq:
+            self.copied_seq = event.source_seq
 
     def end_wait(self, time_ms: float) -> None:
         """The run goes on at this time; a wait counts from its event to the next one, or to when it was taken up."""
@@ -150,6 +163,10 @@ class Progress:
         """Calls that were begun and have no outcome."""
         return [call_id for call_id in self.intents if call_id not in self.outcomes]
 
+    def sub_runs(self) -> list[str]:
+        """The sub-runs of open calls."""
+        return [run_id for call_id in self.begun_calls() if (run_id := self.intents[call_id].sub_run_id)]
+
     def lost_calls(self) -> list[str]:
         """Those of them that somebody else was asked to make: what a takeover finds."""
         return [call_id for call_id in self.begun_calls() if not is_intrinsic(self.intents[call_id].tool)]
@@ -164,6 +181,7 @@ class Progress:
         self.planned.extend(thinking.planned_calls)
         self.result = thinking.result
         if is_own:
+            self.source_seq = 0
             self.model_calls += 1
             self.use(thinking.usage)
 
@@ -177,11 +195,15 @@ class Progress:
         intent = event.tool_executing
         self.intents[intent.call_id] = intent
         self.attempts[intent.call_id] = intent.attempt
+        if intent.sub_run_id:
+            self.unmade[intent.call_id] = intent.sub_run_id
         if is_intrinsic(intent.tool):
             self.opened_ms[intent.call_id] = _milliseconds(event)
 
     def _complete(self, outcome: events_pb2.ToolCompleted, *, is_own: bool) -> None:
         self.outcomes[outcome.call_id] = outcome
+        if self.unmade:
+            self.unmade.pop(outcome.call_id, None)
         if is_own:
             self.tool_calls += 1
             self.tool_errors += outcome.status in _FAILED
@@ -196,6 +218,7 @@ class Progress:
 
     def _fail(self, failed: events_pb2.AttemptFailed) -> None:
         self.retries += 1
+        self.source_seq = 0
         self.retry_times[failed.call_id] = failed.retry_time.ToNanoseconds() / 1e9
         if failed.call_id:
             self.attempts[failed.call_id] = failed.attempt + 1
@@ -238,6 +261,7 @@ class Progress:
             self.agent, self.agent_version = event.agent_handed_off.to_agent, event.agent_handed_off.to_version
             self.agent_first_step = self.steps + 1
         elif kind == "agent_waiting":
+            self.unmade.clear()
             self.waiting_since_ms = _milliseconds(event)
         else:
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import orjson
@@ -24,6 +25,18 @@ _INTEGERS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"|-?\d+(?:\.\d+|[eE])[-+\deE
 _MANY_DIGITS: Final = re.compile(rb"\d{19}")
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Of a run that goes on with another one's work. `seq`: its steps up to this event are taken over; 0: none."""
+
+    run_id: str = ""
+    seq: int = 0
+    attempt: int = 1
+
+
+NO_ORIGIN: Final = Origin()
+
+
 def check_known_run_id(run_id: str) -> None:
     """RUN_NOT_FOUND when no run can have this id."""
     if _UUID.fullmatch(run_id) is None:
@@ -33,7 +46,7 @@ def check_known_run_id(run_id: str) -> None:
 def check_run_id(run_id: str) -> None:
     """REQUEST_INVALID when a new run cannot have this id."""
     if not _RUN_ID.fullmatch(run_id):
-        raise _request_invalid("context.run_id", "it must be a UUIDv7 in lower case")
+        raise request_invalid("context.run_id", "it must be a UUIDv7 in lower case")
 
 
 def read_input(data: bytes) -> bytes:
@@ -48,14 +61,14 @@ def check_json(data: bytes, *, field: str) -> bytes:
     try:
         orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise _request_invalid(field, f"it is not JSON: {error}") from error
+        raise request_invalid(field, f"it is not JSON: {error}") from error
     for found in _INTEGERS.finditer(data) if _MANY_DIGITS.search(data) else ():
         if found[1] and (len(found[1]) > 20 or not -(1 << 63) <= int(found[1]) < 1 << 64):
-            raise _request_invalid(field, "an integer has more than 64 bits: send it as text")
+            raise request_invalid(field, "an integer has more than 64 bits: send it as text")
     return data
 
 
-def hash_request(start: execution_pb2.StartRunRequest, session_id: str) -> bytes:
+def hash_request(start: execution_pb2.StartRunRequest, session_id: str, origin: Origin = NO_ORIGIN) -> bytes:
     """SHA-256 over what the client asked for: what must be the same when an idempotency key comes again."""
     digest = hashlib.sha256()
     for part in (
@@ -64,7 +77,7 @@ def hash_request(start: execution_pb2.StartRunRequest, session_id: str) -> bytes
         start.version.encode(),
         session_id.encode(),
         start.input,
-        *_rarely_asked(start),
+        *_rarely_asked(start, origin),
     ):
         digest.update(len(part).to_bytes(4, "big"))
         digest.update(part)
@@ -84,6 +97,7 @@ def make_create(
     now: float,
     limits: registry_pb2.TenantLimits,
     queue_only: bool = False,
+    origin: Origin = NO_ORIGIN,
 ) -> tuple[state_pb2.CreateRun, events_pb2.RunEvent]:
     """The create of a run and its agent_started; `now` in seconds since 1970, `limits` of its tenant."""
     create = state_pb2.CreateRun(
@@ -93,7 +107,7 @@ def make_create(
         agent_version=plan.version,
         input=input_json,
         idempotency_key=start.idempotency_key,
-        request_hash=hash_request(start, asked_session_id) if start.idempotency_key else b"",
+        request_hash=hash_request(start, asked_session_id, origin) if start.idempotency_key else b"",
         executor_id=executor_id,
         trace_id=envelope.trace_id,
         follower_id=follower_id,
@@ -103,6 +117,8 @@ def make_create(
         backlog_max=limits.backlog_max,
         queue_only=queue_only,
     )
+    if origin.run_id:
+        create.source_run_id, create.source_seq, create.attempt = origin.run_id, origin.seq, origin.attempt
     if plan.webhook_url:
         create.webhook.url = plan.webhook_url
     caps = {
@@ -118,16 +134,24 @@ def make_create(
         create.due_time.CopyFrom(start.start_time)
         now = max(now, start.start_time.seconds + start.start_time.nanos / 1e9)
     create.deadline.FromMicroseconds(int((now + plan.timeout_seconds) * 1e6))
-    started = events_pb2.AgentStarted(agent_version=plan.version, input=input_json, attempt=1)
+    started = events_pb2.AgentStarted(
+        agent_version=plan.version,
+        input=input_json,
+        attempt=origin.attempt,
+        source_run_id=origin.run_id,
+        source_seq=origin.seq,
+    )
     return create, envelope.event(1, agent_started=started)
 
 
-def _rarely_asked(start: execution_pb2.StartRunRequest) -> Iterator[bytes]:
+def _rarely_asked(start: execution_pb2.StartRunRequest, origin: Origin) -> Iterator[bytes]:
     """What only some starts say, so that the hashes of the others stay what they were."""
     if start.HasField("priority"):
         yield b"priority %d" % start.priority
     if start.HasField("start_time"):
         yield b"start_time %d.%09d" % (start.start_time.seconds, start.start_time.nanos)
+    if origin.run_id:
+        yield b"origin %s %d" % (origin.run_id.encode(), origin.seq)
 
 
 def run_not_found(run_id: str) -> MainspringError:
@@ -137,7 +161,8 @@ def run_not_found(run_id: str) -> MainspringError:
     )
 
 
-def _request_invalid(field: str, fault: str) -> MainspringError:
+def request_invalid(field: str, fault: str) -> MainspringError:
+    """REQUEST_INVALID: what is wrong with which field."""
     return MainspringError(
         Reason.REQUEST_INVALID,
         f"The request breaks its rules: {field}: {fault}.",

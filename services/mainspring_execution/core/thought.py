@@ -40,6 +40,8 @@ class Turn:
     thoughts: Sequence[events_pb2.AgentThinking] = ()
     failures: Sequence[events_pb2.AttemptFailed] = ()
     tools: Sequence[types_pb2.Tool] = ()
+    # The first model step of the agent, where others had the run before.
+    first_step: int = 1
     # Which of the model's fallbacks is asked; 0: the model itself.
     fallback: int = 0
 

@@ -15,15 +15,17 @@ import orjson
 from mainspring.v1 import events_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, Reason
 
-from mainspring_execution.core.intrinsic import APPROVE, ASK, SCHEMAS, SIGNAL, SLEEP
+from mainspring_execution.core.intrinsic import AGENT_PREFIX, APPROVE, ASK, SCHEMAS, SIGNAL, SLEEP
 from mainspring_execution.core.plan import parse_seconds
 from mainspring_execution.core.progress import Progress
 from mainspring_execution.core.record import error_value, to_ms
-from mainspring_execution.core.schema import TooCostlyError, schema_fault
+from mainspring_execution.core.schema import Schema, TooCostlyError, schema_fault
 
 SECONDS_MAX: Final = 366 * 86_400.0
 SCHEMA_BYTES_MAX: Final = 16 << 10
 CHECK_STEPS_MAX: Final = 2_000
+# Of the input of another agent, which is its own affair.
+_ANYTHING: Final = Schema({})
 
 OK: Final = types_pb2.TOOL_STATUS_OK
 TIMED_OUT: Final = types_pb2.TOOL_STATUS_TIMED_OUT
@@ -67,7 +69,7 @@ class Wait(Protocol):
 
 def wait_of(tool: str) -> Wait | None:
     """The kind of wait that a tool is; None: there is no such tool."""
-    return _WAITS.get(tool)
+    return _SUB_RUN if tool.startswith(AGENT_PREFIX) else _WAITS.get(tool)
 
 
 def open_wait(
@@ -77,7 +79,7 @@ def open_wait(
     wait = wait_of(call.tool)
     if wait is None:
         raise MainspringError(Reason.TOOL_NOT_FOUND, f"There is no tool {call.tool}: check the name.", tool=call.tool)
-    opening = wait.open(call, _read_arguments(call), now=now)
+    opening = wait.open(call, read_arguments(call), now=now)
     intent = make_intent(call)
     if opening.wake_time is not None:
         intent.wake_time.FromMicroseconds(math.ceil(opening.wake_time * 1e6))
@@ -105,6 +107,13 @@ def settle_wait(progress: Progress, intent: events_pb2.ToolExecuting, *, now: fl
     ended = None if wait is None else wait.settle(progress, intent, now=now)
     if ended is None:
         return None
+    return close(progress, intent, ended, now=now)
+
+
+def close(
+    progress: Progress, intent: events_pb2.ToolExecuting, ended: Ended, *, now: float
+) -> events_pb2.ToolCompleted:
+    """The outcome of a call that ended so."""
     opened_ms = progress.opened_ms.get(intent.call_id) or now * 1e3
     outcome = events_pb2.ToolCompleted(
         call_id=intent.call_id,
@@ -204,6 +213,22 @@ class _Question:
         return f"an answer to: {orjson.loads(intent.arguments)[self._title_field]}"
 
 
+class _SubRun:
+    """Waits for the end of another run, which comes as an input: nothing that the log alone tells."""
+
+    kind = types_pb2.WAIT_KIND_RUN
+
+    def open(self, call: events_pb2.PlannedCall, arguments: Mapping[str, Any], *, now: float) -> Opening:
+        return Opening()
+
+    def settle(self, progress: Progress, intent: events_pb2.ToolExecuting, *, now: float) -> Ended | None:
+        return None
+
+    def describe(self, intent: events_pb2.ToolExecuting) -> str:
+        return f"the sub-run {intent.sub_run_id} of agent {intent.tool.removeprefix(AGENT_PREFIX)}"
+
+
+_SUB_RUN: Final = _SubRun()
 _WAITS: Final[dict[str, Wait]] = {
     SLEEP: _Sleep(),
     SIGNAL: _Signal(),
@@ -244,17 +269,19 @@ def _embed(data: bytes) -> Any:
     return orjson.Fragment(data) if data else None
 
 
-def _read_arguments(call: events_pb2.PlannedCall) -> Mapping[str, Any]:
+def read_arguments(call: events_pb2.PlannedCall) -> Mapping[str, Any]:
+    """The arguments of a call, as its schema says; JSON values: Any. TOOL_ARGUMENTS_INVALID."""
     try:
         arguments = orjson.loads(call.arguments or b"{}")
-        fault = SCHEMAS[call.tool].first_fault(arguments, steps_max=CHECK_STEPS_MAX)
+        fault = SCHEMAS.get(call.tool, _ANYTHING).first_fault(arguments, steps_max=CHECK_STEPS_MAX)
     except orjson.JSONDecodeError as error:
         raise arguments_invalid(call, "$", f"they are not JSON: {error}") from error
     except TooCostlyError as error:
         raise arguments_invalid(call, "$", "they are too large") from error
     if fault is not None:
         raise arguments_invalid(call, fault.path, fault.message)
-    assert isinstance(arguments, dict), "the schema says so"
+    if not isinstance(arguments, dict):
+        raise arguments_invalid(call, "$", "they are not an object")
     return arguments
 
 

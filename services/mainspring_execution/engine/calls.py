@@ -11,7 +11,7 @@ from typing import Final
 
 from mainspring.v1 import dispatcher_pb2, events_pb2, types_pb2
 from mainspring_kit.errors import MainspringError, Reason
-from mainspring_kit.identity import UserExecutionContext, new_id
+from mainspring_kit.identity import DEPTH_MAX, UserExecutionContext, new_id
 
 from mainspring_execution.core.decision import needs_durable_intent, refuse_call
 from mainspring_execution.core.plan import AgentPlan
@@ -46,7 +46,7 @@ class Calls:
         # What all calls' contexts have in common: children of the run's.
         self._child = context.to_message()
         self._child.parent_request_id = context.request_id
-        self._child.depth = context.depth + 1
+        self._child.depth = min(context.depth + 1, DEPTH_MAX)
         self._dispatcher = dispatcher
         self._catalog = catalog
         self._deadlines = deadlines

@@ -103,6 +103,7 @@ class Claims:
             run_id=run.run_id,
             request_id=new_id(),
             trace_id=run.trace_id,
+            depth=run.depth,
         )
         log = await self._read_log(context, run)
         agent: PreparedAgent | MainspringError | None = None
@@ -110,9 +111,12 @@ class Claims:
         was_driven = bool(log) and run.state == types_pb2.RUN_STATE_RUNNING
         if was_driven and not claimed.handed_back:
             agent = check_takeover(fold(log), run_id=run.run_id)
-        agent = agent or await self._recall_agent(context, run)
+        handed = next((event.agent_handed_off for event in reversed(log) if event.HasField("agent_handed_off")), None)
+        name, version = (handed.to_agent, handed.to_version) if handed else (run.agent, run.agent_version)
+        agent = agent or await self._recall_agent(context, name, version=version)
         drive = make_drive(
             self._around,
+            self._runs,
             context,
             agent=agent,
             run=run,
@@ -145,11 +149,13 @@ class Claims:
             raise_if_cancelled()
             await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
 
-    async def _recall_agent(self, context: UserExecutionContext, run: types_pb2.Run) -> PreparedAgent | MainspringError:
-        """The version that the run began with; an error is what the run then fails with."""
+    async def _recall_agent(
+        self, context: UserExecutionContext, name: str, *, version: str
+    ) -> PreparedAgent | MainspringError:
+        """The version that the run goes on with; an error is what the run then fails with."""
         while True:
             try:
-                return await self._around.catalog.recall(context, run.agent, version=run.agent_version)
+                return await self._around.catalog.recall(context, name, version=version)
             except MainspringError as error:
                 if error.code not in UNREACHED:
                     return error

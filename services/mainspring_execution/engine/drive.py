@@ -21,6 +21,7 @@ from mainspring_execution.core.decision import (
     Expire,
     Fail,
     Finish,
+    HandOver,
     OpenWaits,
     Park,
     decide,
@@ -37,6 +38,7 @@ from mainspring_execution.engine.ending import Ending, internal_fault
 from mainspring_execution.engine.journal import Journal, ask
 from mainspring_execution.engine.surroundings import Grip, Surroundings
 from mainspring_execution.engine.thinking import Thinking
+from mainspring_execution.engine.tree import Tree
 from mainspring_execution.engine.waiting import Waiting
 
 REACH_SECONDS: Final = 0.25
@@ -64,6 +66,7 @@ class Drive:
         journal: Journal,
         calls: Calls,
         ending: Ending,
+        tree: Tree,
         grip: Grip,
         deadlines: Deadlines,
     ) -> None:
@@ -77,6 +80,7 @@ class Drive:
         self._run = run
         self._journal = journal
         self._ending = ending
+        self._tree = tree
         self._calls = calls
         self._grip = grip
         self._deadlines = deadlines
@@ -91,7 +95,7 @@ class Drive:
             deadlines=deadlines,
         )
         self._waiting = Waiting(
-            surroundings, context, attention=attention, journal=journal, grip=grip, deadlines=deadlines
+            surroundings, context, run=run, attention=attention, journal=journal, grip=grip, deadlines=deadlines
         )
         self._mends = 0
 
@@ -191,7 +195,11 @@ class Drive:
         else:
             if attention.inputs and journal.progress.started:
                 self._waiting.take_inputs()
-            if self._waiting.pause_input is not None and not self._calls.under_way:
+            ended = self._waiting.ended_sub_runs
+            if ended and not journal.progress.paused:
+                if await self._tree.take_end(ended[0]):
+                    del ended[0]
+            elif self._waiting.pause_input is not None and not self._calls.under_way:
                 self._waiting.pause()
             else:
                 await self._follow()
@@ -207,6 +215,13 @@ class Drive:
         if agent is None:
             await self._refuse_to_run()
             return
+        progress = self._journal.progress
+        if progress.source_seq or progress.unmade:
+            await (self._tree.copy_steps(agent.plan) if progress.source_seq else self._tree.make_sub_runs())
+            return
+        agent = await self._recall(agent)
+        if agent is None:
+            return
         decision = decide(
             agent.plan,
             self._journal.progress,
@@ -220,12 +235,28 @@ class Drive:
             await self._call_tools(agent.plan, decision)
         elif isinstance(decision, CallModel):
             await self._thinking.take_step(agent, decision.step)
+        elif isinstance(decision, HandOver):
+            await self._tree.hand_over(agent.plan, decision.call)
         elif isinstance(decision, Finish):
             await self._ending.completed(agent.plan, decision.result)
         elif isinstance(decision, Fail):
             await self._ending.failed(decision.error)
         else:
             await self._wait(agent.plan, decision)
+
+    async def _recall(self, agent: PreparedAgent) -> PreparedAgent | None:
+        """The agent that drives the run now; None: none yet, or none any more."""
+        progress = self._journal.progress
+        name, version = progress.agent or self._run.agent, progress.agent_version or self._run.agent_version
+        if (agent.plan.agent, agent.plan.version) == (name, version):
+            return agent
+        recalled = await self._tree.recall(name, version)
+        if isinstance(recalled, MainspringError):
+            self._agent, self._unfit = None, recalled
+            return None
+        if recalled is not None:
+            self._agent = recalled
+        return recalled
 
     async def _wait(self, plan: AgentPlan, decision: Decision) -> None:
         """Does what core decides for a run that waits, or has yet to begin."""
@@ -246,7 +277,12 @@ class Drive:
         """Begins a claimed run. The claim may be old: only that the first event is taken says that it still holds."""
         run = self._run
         started = events_pb2.AgentStarted(
-            agent_version=run.agent_version, input=run.input, ordinal=run.ordinal, attempt=1
+            agent_version=run.agent_version,
+            input=run.input,
+            ordinal=run.ordinal,
+            attempt=max(run.attempt, 1),
+            source_run_id=run.source_run_id,
+            source_seq=run.source_seq,
         )
         self._journal.record(agent_started=started)
         self._journal.flush()

@@ -26,6 +26,7 @@ from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
 from mainspring_execution.engine.checking import check
 from mainspring_execution.engine.journal import Journal
+from mainspring_execution.engine.tree import Tree
 from mainspring_execution.peers import CANCEL_SECONDS
 
 STOP_SECONDS: Final = 1.0
@@ -34,10 +35,11 @@ STOP_SECONDS: Final = 1.0
 class Ending:
     """Ends one run. Every way to end leaves no call open in the log."""
 
-    def __init__(self, journal: Journal, calls: Calls, *, attention: Attention, arrived: float) -> None:
+    def __init__(self, journal: Journal, calls: Calls, *, tree: Tree, attention: Attention, arrived: float) -> None:
         """`arrived`: when the start or the claim came, on the clock of perf_counter."""
         self._journal = journal
         self._calls = calls
+        self._tree = tree
         self._attention = attention
         self._marks = {INITIALIZATION: arrived}
         self._began = 0.0
@@ -68,15 +70,15 @@ class Ending:
         self._end(agent_completed=completed)
 
     async def failed(self, error: types_pb2.RunError) -> None:
-        """agent_failed; calls under way are told to stop."""
-        await self._calls.stop(STOP_SECONDS)
+        """agent_failed; calls and sub-runs under way are told to stop, as in every end but the first."""
+        await self._stop(STOP_SECONDS)
         self._close(error)
         self._end_failed(error)
 
     async def timed_out(self, run: types_pb2.Run) -> None:
         """agent_timed_out; calls under way are told to stop."""
         timeout_seconds = (run.deadline.ToNanoseconds() - run.create_time.ToNanoseconds()) / 1e9
-        await self._calls.stop(STOP_SECONDS)
+        await self._stop(STOP_SECONDS)
         open_calls = [call.tool for call in self._journal.progress.open_calls()]
         doing = f"it was waiting for {', '.join(open_calls)[:500]}" if open_calls else "its model was thinking"
         error = MainspringError(
@@ -95,7 +97,7 @@ class Ending:
 
     async def cancelled(self, request: state_pb2.RunInput) -> None:
         """agent_cancelled, with a receipt for each call that was under way."""
-        receipts = await self._calls.stop(CANCEL_SECONDS)
+        receipts = await self._stop(CANCEL_SECONDS)
         self._close(None)
         self.mark(COMPLETION)
         ended = events_pb2.AgentCancelled(
@@ -114,11 +116,15 @@ class Ending:
 
         From the second attempt on without the outcomes of open calls too: it may be those that it refuses.
         """
-        await self._calls.stop(STOP_SECONDS)
+        await self._stop(STOP_SECONDS)
         error = error_value(refusal)
         if attempt == 1:
             self._close(error)
         self._end_failed(error)
+
+    async def _stop(self, timeout_seconds: float) -> list[events_pb2.CancelReceipt]:
+        await self._tree.cancel_sub_runs()
+        return await self._calls.stop(timeout_seconds)
 
     def _close(self, error: types_pb2.RunError | None) -> None:
         """Closes the calls and questions that are open: with the error, or as cancelled with the run."""

@@ -6,6 +6,7 @@ import asyncio
 import math
 import random
 from collections import deque
+from dataclasses import replace
 from typing import Final
 
 from google.rpc import code_pb2
@@ -43,6 +44,7 @@ class Journal:
     ) -> None:
         self.progress = Progress()
         self.envelope = envelope
+        self._first_agent = envelope.agent
         self.epoch = epoch
         self.trouble: MainspringError | None = None
         # The run was given back, as far as this process can tell: nothing more may be written.
@@ -79,6 +81,8 @@ class Journal:
         if len(self._pending) >= EVENTS_PER_APPEND_MAX or self._pending_bytes + size_bytes > PENDING_BYTES_MAX:
             self.flush()
         self.progress.apply(event)
+        if "agent_handed_off" in payload:
+            self._name_agent()
         self._pending.append(event)
         self._pending_bytes += size_bytes
         return event
@@ -126,6 +130,7 @@ class Journal:
     def restore(self, progress: Progress) -> None:
         """Goes on from what is durable; what is pending or was refused is forgotten."""
         self.progress = progress
+        self._name_agent()
         self.trouble = None
         if self._retry is not None:
             self._retry.cancel()
@@ -140,6 +145,10 @@ class Journal:
         """Until every append has an answer, refusals included; state answers each, and the streams see to that."""
         for _, future in list(self._unanswered):
             await asyncio.shield(future)
+
+    def _name_agent(self) -> None:
+        """Events are of the agent that drives the run now."""
+        self.envelope = replace(self.envelope, agent=self.progress.agent or self._first_agent)
 
     def _post(self, append: state_pb2.Append) -> None:
         if self.is_settled:

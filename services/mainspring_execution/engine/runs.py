@@ -7,6 +7,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Final
 
 from google.rpc import code_pb2
@@ -18,7 +19,7 @@ from mainspring_kit.interceptors import validate
 
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.record import Envelope
-from mainspring_execution.core.start import check_run_id, make_create, read_input
+from mainspring_execution.core.start import NO_ORIGIN, Origin, check_run_id, make_create, read_input
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
 from mainspring_execution.engine.catalog import PreparedAgent
@@ -27,6 +28,7 @@ from mainspring_execution.engine.drive import Drive
 from mainspring_execution.engine.ending import Ending, internal_fault
 from mainspring_execution.engine.journal import Journal
 from mainspring_execution.engine.surroundings import Grip, Surroundings
+from mainspring_execution.engine.tree import Launcher, Tree
 from mainspring_execution.peers import UNREACHED
 
 RETRY_SECONDS: Final = 0.25
@@ -69,7 +71,7 @@ class Runs:
         """How many runs can be driven more."""
         return 0 if self.is_draining else max(0, self._runs_max - self._under_way + self._lining)
 
-    def start(self, item: execution_pb2.StartItem, reply: Reply) -> None:
+    def start(self, item: execution_pb2.StartItem, reply: Reply, *, origin: Origin = NO_ORIGIN) -> None:
         """Starts a run; `reply` gets the one answer, when the run is durable or refused.
 
         Without room for it, and for a moment after, it goes to its tenant's line, from which whoever has room takes
@@ -83,7 +85,29 @@ class Runs:
             self._crowded_until = time.monotonic() + CROWDED_SECONDS
         is_crowded = time.monotonic() < self._crowded_until
         self._lining += is_crowded
-        self.spawn(self._start(item, reply, queue_only=is_crowded))
+        self.spawn(self._start(item, reply, origin, queue_only=is_crowded))
+
+    async def launch(
+        self,
+        append: state_pb2.Append,
+        context: UserExecutionContext,
+        *,
+        agent: PreparedAgent,
+        run: types_pb2.Run,
+        state_id: str,
+    ) -> MainspringError | None:
+        """Makes a sub-run durable and drives it beside the caller; why not, if it was refused."""
+        arrived, lapses = time.perf_counter(), self._around.lease.lapses
+        context = replace(context, run_id=run.run_id, request_id=new_id(), depth=run.depth)
+        answer = await self._post(append, state_id, may_be_durable=True)
+        if answer.status.code != code_pb2.OK:
+            return from_status(answer.status)
+        drive = make_drive(
+            self._around, self, context, agent=agent, run=run, state_id=state_id, arrived=arrived, lapses=lapses
+        )
+        drive.resume(append.events)
+        self.spawn(self.drive(drive))
+        return None
 
     def spawn(self, driving: Coroutine[Any, Any, None]) -> None:
         """Runs a coroutine that drives one run (Any: as Python types coroutines), counted until it ends."""
@@ -159,10 +183,10 @@ class Runs:
             )
         return None
 
-    async def _start(self, item: execution_pb2.StartItem, reply: Reply, *, queue_only: bool) -> None:
+    async def _start(self, item: execution_pb2.StartItem, reply: Reply, origin: Origin, *, queue_only: bool) -> None:
         drive = None
         try:
-            result, drive = await self._create(item, queue_only=queue_only)
+            result, drive = await self._create(item, origin, queue_only=queue_only)
         except MainspringError as error:
             result = _refused(item.item_id, error)
         except Exception as fault:  # a fault of ours in one start must not end the others
@@ -183,7 +207,7 @@ class Runs:
             raise _no_lease() from error
 
     async def _create(
-        self, item: execution_pb2.StartItem, *, queue_only: bool
+        self, item: execution_pb2.StartItem, origin: Origin, *, queue_only: bool
     ) -> tuple[execution_pb2.StartResult, Drive | None]:
         """Makes a run durable; with the drive of it if it is this process's to drive."""
         arrived = time.perf_counter()
@@ -205,6 +229,7 @@ class Runs:
             executor_id=self._around.lease.executor_id,
             limits=await self._around.catalog.limits_of(context),
             queue_only=queue_only,
+            origin=origin,
         )
         state_id = self._around.state.appends.pick_instance(item.state_id) or item.state_id
         lapses = self._around.lease.lapses
@@ -222,17 +247,18 @@ class Runs:
             return result, None
         run.ordinal = answer.ordinal
         drive = make_drive(
-            self._around, context, agent=agent, run=run, state_id=state_id, arrived=arrived, lapses=lapses
+            self._around, self, context, agent=agent, run=run, state_id=state_id, arrived=arrived, lapses=lapses
         )
         drive.resume(append.events)
         return result, drive
 
-    async def _post(self, append: state_pb2.Append, state_id: str) -> state_pb2.AppendResult:
+    async def _post(
+        self, append: state_pb2.Append, state_id: str, *, may_be_durable: bool = False
+    ) -> state_pb2.AppendResult:
         """Appends until there is a verdict: a create without one may have made this process its holder.
 
         Then a full queue is no verdict either; a full backlog is one, as it is only said of what was not made.
         """
-        may_be_durable = False
         while True:
             try:
                 answer = await self._around.state.appends.post(append, instance_id=state_id)
@@ -265,6 +291,7 @@ class Runs:
 
 def make_drive(
     surroundings: Surroundings,
+    launcher: Launcher,
     context: UserExecutionContext,
     *,
     agent: PreparedAgent | MainspringError,
@@ -281,7 +308,14 @@ def make_drive(
     attention = Attention()
     journal = Journal(
         surroundings.state.appends,
-        Envelope(run.run_id, context.session_id, run.agent, context.trace_id, run.parent_run_id, run.root_run_id),
+        Envelope(
+            run.run_id,
+            context.session_id,
+            run.agent,
+            context.trace_id,
+            run.parent_run_id,
+            run.root_run_id if run.parent_run_id else "",
+        ),
         tenant_id=context.tenant_id,
         epoch=run.epoch,
         state_id=state_id,
@@ -291,7 +325,9 @@ def make_drive(
     calls = Calls(
         journal, context, dispatcher=surroundings.dispatcher, catalog=surroundings.catalog, deadlines=deadlines
     )
-    ending = Ending(journal, calls, attention=attention, arrived=arrived)
+    grip = Grip(surroundings, context, attention=attention, journal=journal, lapses=lapses)
+    tree = Tree(surroundings, context, launcher=launcher, run=run, attention=attention, journal=journal, grip=grip)
+    ending = Ending(journal, calls, tree=tree, attention=attention, arrived=arrived)
     return Drive(
         surroundings,
         context,
@@ -301,7 +337,8 @@ def make_drive(
         journal=journal,
         calls=calls,
         ending=ending,
-        grip=Grip(surroundings, context, attention=attention, journal=journal, lapses=lapses),
+        tree=tree,
+        grip=grip,
         deadlines=deadlines,
     )
 
@@ -339,6 +376,7 @@ def _make_append(
     executor_id: str,
     limits: registry_pb2.TenantLimits,
     queue_only: bool,
+    origin: Origin,
 ) -> tuple[state_pb2.Append, types_pb2.Run]:
     now = time.time()
     envelope = Envelope(context.run_id, context.session_id, plan.agent, context.trace_id)
@@ -354,6 +392,7 @@ def _make_append(
         now=now,
         limits=limits,
         queue_only=queue_only,
+        origin=origin,
     )
     started.append_id = new_id()
     append = state_pb2.Append(

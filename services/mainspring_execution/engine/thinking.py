@@ -66,7 +66,7 @@ class Thinking:
                 return
         if model.needs_tools and not await self._know_tools(agent.plan):
             return
-        if model.waits(step):
+        if model.waits(step - self._journal.progress.agent_first_step + 1):
             self._journal.flush()
         if step % STEPS_AT_ONCE == 0:
             await asyncio.sleep(0)
@@ -190,6 +190,7 @@ class Thinking:
             thoughts=progress.thoughts,
             failures=progress.failures,
             tools=tools,
+            first_step=progress.agent_first_step,
             fallback=fallback,
         )
 

@@ -11,12 +11,14 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_kit.errors import MainspringError
-from mainspring_kit.identity import UserExecutionContext
+from mainspring_kit.identity import UserExecutionContext, new_id
 
 from mainspring_execution.core.decision import Park, refuse_call
+from mainspring_execution.core.intrinsic import AGENT_PREFIX
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.policy import PAUSE_SECONDS_MAX
 from mainspring_execution.core.record import error_value
+from mainspring_execution.core.sub_runs import check_depth
 from mainspring_execution.core.waits import make_intent, open_wait
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.deadlines import Deadlines
@@ -29,22 +31,28 @@ SECONDS_MIN: Final = 0.001
 
 
 class Waiting:
-    """The waits of one run. `pause_input`: somebody wants it to stand still once nothing is under way."""
+    """The waits of one run. `pause_input`: somebody wants it to stand still once nothing is under way.
+
+    `ended_sub_runs`: what is told of their ends and not recorded yet.
+    """
 
     def __init__(
         self,
         surroundings: Surroundings,
         context: UserExecutionContext,
         *,
+        run: types_pb2.Run,
         attention: Attention,
         journal: Journal,
         grip: Grip,
         deadlines: Deadlines,
     ) -> None:
         self.pause_input: state_pb2.RunInput | None = None
+        self.ended_sub_runs: list[state_pb2.RunInput] = []
         self._kept: list[state_pb2.RunInput] = []
         self._around = surroundings
         self._context = context
+        self._run = run
         self._attention = attention
         self._journal = journal
         self._grip = grip
@@ -79,7 +87,7 @@ class Waiting:
     def open(self, plan: AgentPlan, calls: Sequence[events_pb2.PlannedCall]) -> None:
         """Records that these calls wait, or what is wrong with them."""
         for call in calls:
-            refusal = refuse_call(plan, call)
+            refusal = refuse_call(plan, call) or check_depth(call, self._run)
             try:
                 if refusal is not None:
                     raise refusal
@@ -95,6 +103,8 @@ class Waiting:
                     )
                 )
                 continue
+            if call.tool.startswith(AGENT_PREFIX):
+                intent.sub_run_id = new_id()
             self._journal.record(tool_executing=intent, event_time=_now())
             if question is not None:
                 ask(self._journal, question)
@@ -139,6 +149,9 @@ class Waiting:
         kind = "" if request.request_id in progress.requests else request.WhichOneof("input")
         if kind == "pause":
             self.pause_input = request
+            return
+        if kind == "sub_run_ended":
+            self.ended_sub_runs.append(request)
             return
         if kind == "resume":
             self._resume(request)

@@ -1,4 +1,4 @@
-"""The scripted provider: answers model step n with entry n of the agent's script. Makes no call and costs nothing."""
+"""The scripted provider: answers the agent's model step n with entry n of its script. Calls nothing, costs nothing."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ class ScriptedModel:
 
     async def think(self, turn: Turn, emit: Callable[[str], None]) -> Thought:
         """Answers with the entry of this step; MODEL_FAILED when the script has none or says so."""
-        if turn.step > len(self._entries):
+        place = turn.step - turn.first_step
+        if place >= len(self._entries):
             raise MainspringError(
                 Reason.MODEL_FAILED,
                 f"The script has {len(self._entries)} entries and none of them ended the run with a result: model step "
@@ -103,7 +104,7 @@ class ScriptedModel:
                 provider="scripted",
                 step=turn.step,
             )
-        entry = self._entries[turn.step - 1]
+        entry = self._entries[place]
         scope = Bounded(_TurnScope(turn))
         if entry.deltas:
             await _speak(entry.text.render_text(scope), emit, entry=entry)

@@ -60,6 +60,8 @@ def check_create(append: state_pb2.Append, types: tuple[str, ...]) -> None:
         raise too_large("create.input", len(create.input))
     if create.source_run_id and not is_uuid(create.source_run_id):
         raise invalid(append, "create.source_run_id", detail="it is not a UUID")
+    if create.source_seq < 0:
+        raise invalid(append, "create.source_seq", detail="events count from 1")
     if create.attempt < 0:
         raise invalid(append, "create.attempt", detail="attempts count from 1")
     if abs(create.priority) > PRIORITY_MAX:

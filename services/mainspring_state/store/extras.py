@@ -30,6 +30,7 @@ def of_creates(creates: Sequence[state_pb2.CreateRun]) -> list[Any]:
         [create.parent_call_id for create in subs],
         [create.depth for create in subs],
         _unless_empty([create.source_run_id or None for create in creates]),
+        _unless_empty([create.source_seq or None for create in creates]),
         _unless_empty([create.attempt or None for create in creates]),
         _unless_empty([create.priority or None for create in creates]),
         [None if hook is None else hook.url for hook in hooks] if has_hook else [],

@@ -61,6 +61,7 @@ def to_run(row: Row) -> types_pb2.Run:
         usage=_of_json(row["usage"], types_pb2.Usage),
         depth=row["depth"],
         source_run_id=str(row["source_run_id"] or ""),
+        source_seq=row["source_seq"],
         attempt=row["attempt"],
         priority=row["priority"],
     )
