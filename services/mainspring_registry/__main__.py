@@ -43,7 +43,7 @@ async def wired(settings: RegistrySettings) -> AsyncIterator[tuple[RegistryServi
         watch = CatalogWatch(store, settings.database_url, watchers_max=settings.watchers_max)
         clockwork = Clockwork(schedules, Execution(execution_peer))
         async with background(watch.run(), clockwork.run()):
-            servicer = RegistryServicer(store, schedules, watch, schemas=schemas)  # type: ignore[abstract]  # later rpcs
+            servicer = RegistryServicer(store, schedules, watch=watch, schemas=schemas)  # type: ignore[abstract]  # later rpcs
             yield servicer, watch
 
 

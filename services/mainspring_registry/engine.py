@@ -140,7 +140,7 @@ class Clockwork:
 
     async def _fire(self, due: Due) -> None:
         """Starts the runs of one schedule, oldest time first, and keeps what came of it."""
-        firing = plan_firing(due.schedule, due.next_time, datetime.now(UTC))
+        firing = plan_firing(due.schedule, due.next_time, now=datetime.now(UTC))
         fired = Fired(firing.next_time)
         for moment in firing.times:
             try:

@@ -34,7 +34,7 @@ class Schemas:
 class RegistryServicer(rpc.RegistryServiceServicer):
     """Unpacks, calls, packs. The rpcs that it lacks are of later releases and answer so."""
 
-    def __init__(self, store: Store, schedules: Schedules, watch: CatalogWatch, *, schemas: Schemas) -> None:
+    def __init__(self, store: Store, schedules: Schedules, *, watch: CatalogWatch, schemas: Schemas) -> None:
         self._store = store
         self._schedules = schedules
         self._watch = watch
@@ -110,7 +110,9 @@ class RegistryServicer(rpc.RegistryServiceServicer):
         """See registry.proto."""
         schedule = await asyncio.to_thread(read_schedule, request.document, self._schemas.schedule)
         next_time = timetable(schedule).after(datetime.now(UTC))
-        return pb.PutScheduleResponse(schedule=await self._schedules.put(current_context(), schedule, next_time))
+        return pb.PutScheduleResponse(
+            schedule=await self._schedules.put(current_context(), schedule, next_time=next_time)
+        )
 
     async def GetSchedule(self, request: pb.GetScheduleRequest, context: ServicerContext) -> pb.GetScheduleResponse:
         """See registry.proto."""

@@ -37,7 +37,10 @@ CORE_FORBIDDEN = (
     "threading",
 )
 # Libraries that compute and do nothing else.
-CORE_LIBRARIES = ("google", "mainspring.v1", "mainspring_kit.errors", "orjson", "jsonschema", "pydantic_core", "yaml")
+CORE_LIBRARIES = (
+    *("google", "mainspring.v1", "mainspring_kit.errors"),
+    *("cronsim", "jsonschema", "orjson", "pydantic_core", "standardwebhooks", "yaml"),
+)
 
 
 def _allowed(package: str) -> tuple[str, ...]:

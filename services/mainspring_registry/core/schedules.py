@@ -98,7 +98,7 @@ def timetable(schedule: registry_pb2.Schedule) -> Timetable:
     return Timetable(schedule.cron, _zone(schedule.time_zone))
 
 
-def plan_firing(schedule: registry_pb2.Schedule, due: datetime, now: datetime) -> Firing:
+def plan_firing(schedule: registry_pb2.Schedule, due: datetime, *, now: datetime) -> Firing:
     """What a schedule that was due at `due` does at `now`."""
     table = timetable(schedule)
     times = table.since(due, now)

@@ -47,7 +47,7 @@ class Schedules:
         self._pool = pool
 
     async def put(
-        self, user: UserExecutionContext, schedule: registry_pb2.Schedule, next_time: datetime | None
+        self, user: UserExecutionContext, schedule: registry_pb2.Schedule, *, next_time: datetime | None
     ) -> registry_pb2.Schedule:
         """Stores a schedule of the user's tenant, in the place of one of its name."""
         async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:

@@ -9,11 +9,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
+from aiohttp.connector import AddrInfoType
 from mainspring_kit import telemetry
 from mainspring_kit.errors import MainspringError
-from yarl import URL
 
 from mainspring_state.core.told import GONE, is_private, next_pause_seconds, write_message
 from mainspring_state.store.webhooks import DueWebhook, Webhooks
@@ -35,9 +33,9 @@ class Teller:
 
     async def run(self) -> None:
         """Looks for what is due."""
-        resolver = None if self._allows_private else _PublicResolver()
+        guard = None if self._allows_private else public_socket
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=resolver, limit=AT_ONCE_MAX),
+            connector=aiohttp.TCPConnector(socket_factory=guard, limit=AT_ONCE_MAX),
             timeout=aiohttp.ClientTimeout(total=POST_SECONDS),
         ) as session:
             while True:
@@ -66,9 +64,6 @@ class Teller:
 
     async def _post(self, session: aiohttp.ClientSession, webhook: DueWebhook) -> tuple[str, bool]:
         """Why it was not taken, empty: it was; and whether nobody is there any more."""
-        host = URL(webhook.url).host or ""
-        if not self._allows_private and (host == "localhost" or (_is_literal(host) and is_private(host))):
-            return f"{host} is not a public address", True
         message = write_message(webhook.run, secret=self._secret, now=datetime.now(UTC))
         try:
             async with session.post(
@@ -81,23 +76,9 @@ class Teller:
             return f"{type(error).__name__}: {error}"[:500], False
 
 
-class _PublicResolver(AbstractResolver):
-    """Resolves names, and gives none of the addresses that are not public: no name may lead into our own network."""
-
-    def __init__(self) -> None:
-        self._resolver = ThreadedResolver()
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        found = [entry for entry in await self._resolver.resolve(host, port, family) if not is_private(entry["host"])]
-        if not found:
-            raise OSError(None, f"{host} has no public address")
-        return found
-
-    async def close(self) -> None:
-        await self._resolver.close()
-
-
-def _is_literal(host: str) -> bool:
-    return ":" in host or host.replace(".", "").isdigit()
+def public_socket(address: AddrInfoType) -> socket.socket:
+    """A socket to a public address only: neither a name nor a number may lead into our own network."""
+    family, kind, protocol, _, target = address
+    if is_private(str(target[0])):
+        raise OSError(None, f"{target[0]} is not a public address")
+    return socket.socket(family, kind, protocol)

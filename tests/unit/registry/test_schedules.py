@@ -80,7 +80,7 @@ def test_six_fields_begin_with_seconds() -> None:
 
 
 def test_what_is_due_fires_for_its_time_and_is_due_again() -> None:
-    firing = plan_firing(schedule(), NOON, NOON + timedelta(seconds=1))
+    firing = plan_firing(schedule(), NOON, now=NOON + timedelta(seconds=1))
     assert list(firing.times) == [NOON]
     assert firing.next_time == NOON + timedelta(hours=1)
 
@@ -99,13 +99,13 @@ def test_what_is_due_fires_for_its_time_and_is_due_again() -> None:
     ],
 )
 def test_missed_times_are_left_out_or_made_up_for(missed: str, late: timedelta, hours: list[int]) -> None:
-    firing = plan_firing(schedule(missed=missed), NOON, NOON + late)
+    firing = plan_firing(schedule(missed=missed), NOON, now=NOON + late)
     assert list(firing.times) == [NOON + timedelta(hours=hour) for hour in hours]
 
 
 def test_only_the_latest_of_very_many_missed_times_are_made_up_for() -> None:
     now = NOON + timedelta(days=30)
-    firing = plan_firing(schedule(missed="all", cron="* * * * * *"), NOON, now)
+    firing = plan_firing(schedule(missed="all", cron="* * * * * *"), NOON, now=now)
     assert len(firing.times) == MISSED_RUNS_MAX
     assert firing.times[-1] == now
     assert list(firing.times) == sorted(firing.times)
