@@ -1,4 +1,4 @@
-"""All executors are restarted under load, one after the other: nothing is lost, nothing made twice, nobody taken for dead."""
+"""All executors are restarted under load, one after the other: nothing is lost or made twice, nobody taken for dead."""
 
 from __future__ import annotations
 
