@@ -97,7 +97,7 @@ class ExecutionServicer(rpc.ExecutionServiceServicer):
         answer = state_pb2.ApprovalInput(
             approval_id=request.approval_id,
             decision=request.decision,
-            data=check_answer(approval, request.decision, request.data),
+            data=check_answer(approval, request.decision, data=request.data),
         )
         run_id = await self._put_input(approval.run_id, request.request_id, approval=answer)
         return pb.ResolveApprovalResponse(run_id=run_id)

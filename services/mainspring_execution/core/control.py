@@ -14,7 +14,7 @@ from mainspring_execution.core.start import check_json
 ANSWER_STEPS_MAX: Final = 5_000
 
 
-def check_answer(approval: types_pb2.Approval, decision: types_pb2.ApprovalDecision.ValueType, data: bytes) -> bytes:
+def check_answer(approval: types_pb2.Approval, decision: types_pb2.ApprovalDecision.ValueType, *, data: bytes) -> bytes:
     """The answer's data, as it is stored. ANSWER_INVALID when leave is given with other data than asked for."""
     check_json(data, field="data")
     if decision != types_pb2.APPROVAL_DECISION_ALLOW or not approval.answer_schema:
@@ -23,13 +23,13 @@ def check_answer(approval: types_pb2.Approval, decision: types_pb2.ApprovalDecis
     try:
         fault = schema.first_fault(orjson.loads(data or b"null"), steps_max=ANSWER_STEPS_MAX)
     except TooCostlyError:
-        raise _answer_invalid(approval, "$", "it takes too many steps to check") from None
+        raise _answer_invalid(approval, "$", fault="it takes too many steps to check") from None
     if fault is not None:
-        raise _answer_invalid(approval, fault.path, fault.message)
+        raise _answer_invalid(approval, fault.path, fault=fault.message)
     return data
 
 
-def _answer_invalid(approval: types_pb2.Approval, path: str, fault: str) -> MainspringError:
+def _answer_invalid(approval: types_pb2.Approval, path: str, *, fault: str) -> MainspringError:
     return MainspringError(
         Reason.ANSWER_INVALID,
         f"The answer to approval {approval.approval_id} does not match its schema at {path}: {fault[:500]}. "

@@ -36,7 +36,7 @@ def explain(progress: Progress, *, executor_id: str, now: float) -> list[types_p
         return list(_explain_calls(progress, calls, executor_id=executor_id, now=now))
     if progress.failures and progress.retry_times[""] > now:
         step = f"model step {progress.steps + 1}"
-        return [_explain_failure(progress, "", progress.failures[-1].error, doing=step)]
+        return [_explain_failure(progress, "", error=progress.failures[-1].error, doing=step)]
     if not executor_id:
         return []
     detail = f"Model step {progress.steps + 1} is under way on executor {executor_id}."
@@ -70,7 +70,7 @@ def _explain_calls(
             hold = _explain_wait(intent)
         elif progress.retry_times.get(call.call_id, 0.0) > now:
             error = progress.call_failures[call.call_id]
-            hold = _explain_failure(progress, call.call_id, error, doing=f"the tool {call.tool}")
+            hold = _explain_failure(progress, call.call_id, error=error, doing=f"the tool {call.tool}")
         else:
             hold = types_pb2.Hold(
                 kind=types_pb2.HOLD_KIND_TOOL,
@@ -95,7 +95,7 @@ def _explain_wait(intent: events_pb2.ToolExecuting) -> types_pb2.Hold:
     return hold
 
 
-def _explain_failure(progress: Progress, key: str, error: types_pb2.RunError, *, doing: str) -> types_pb2.Hold:
+def _explain_failure(progress: Progress, key: str, *, error: types_pb2.RunError, doing: str) -> types_pb2.Hold:
     hold = types_pb2.Hold(
         kind=_BY_REASON.get(error.reason, types_pb2.HOLD_KIND_BACKOFF),
         detail=f"The last attempt at {doing} failed, the next one follows: {error.message}",

@@ -46,7 +46,7 @@ def _object(required: list[str], **properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
-def _tool(name: str, description: str, schema: dict[str, Any]) -> types_pb2.Tool:
+def _tool(name: str, description: str, *, schema: dict[str, Any]) -> types_pb2.Tool:
     return types_pb2.Tool(
         name=name,
         description=description,
@@ -62,7 +62,7 @@ TOOLS: Final = {
         _tool(
             SLEEP,
             "Waits for so many seconds, or until a moment: give one of both.",
-            _object(
+            schema=_object(
                 [],
                 seconds=_DURATION,
                 until={"description": "RFC 3339, as in 2026-11-24T03:06:12Z.", "type": "string"},
@@ -71,7 +71,7 @@ TOOLS: Final = {
         _tool(
             SIGNAL,
             "Waits for a named signal from outside; answers with what it brings.",
-            _object(
+            schema=_object(
                 ["name"],
                 name={"type": "string", "minLength": 1, "maxLength": SIGNAL_CHARACTERS_MAX},
                 timeout=_DURATION,
@@ -80,12 +80,12 @@ TOOLS: Final = {
         _tool(
             APPROVE,
             "Asks a person for leave and waits for it; a refusal is an error.",
-            _object(["title"], title=_TEXT, arguments={"description": "What it is about."}, **_OF_PEOPLE),
+            schema=_object(["title"], title=_TEXT, arguments={"description": "What it is about."}, **_OF_PEOPLE),
         ),
         _tool(
             ASK,
             "Asks a person a question and waits for the answer.",
-            _object(["question"], question=_TEXT, **_OF_PEOPLE),
+            schema=_object(["question"], question=_TEXT, **_OF_PEOPLE),
         ),
     )
 }
@@ -97,10 +97,10 @@ def describe(name: str, *, description: str = "") -> types_pb2.Tool | None:
         told = (
             f"Has the agent {name.removeprefix(AGENT_PREFIX)} do something: {description} The arguments are its input."
         )
-        return _tool(name, told, {"type": "object"})
+        return _tool(name, told, schema={"type": "object"})
     if name.startswith(HANDOFF_PREFIX):
         told = f"Hands the conversation over to the agent {name.removeprefix(HANDOFF_PREFIX)}, for good: {description}"
-        return _tool(name, told, _object([], reason={"description": "Why, in a few words.", "type": "string"}))
+        return _tool(name, told, schema=_object([], reason={"description": "Why, in a few words.", "type": "string"}))
     return TOOLS.get(name)
 
 

@@ -139,9 +139,9 @@ class _Sleep:
 
     def open(self, call: events_pb2.PlannedCall, arguments: Mapping[str, Any], *, now: float) -> Opening:
         if len(arguments) != 1:
-            raise arguments_invalid(call, "$", "give either seconds or until")
+            raise arguments_invalid(call, "$", fault="give either seconds or until")
         if "seconds" in arguments:
-            return Opening(now + _read_duration(call, arguments, "seconds"))
+            return Opening(now + _read_duration(call, arguments, name="seconds"))
         return Opening(_read_moment(call, arguments["until"], now=now))
 
     def settle(self, progress: Progress, intent: events_pb2.ToolExecuting, *, now: float) -> Ended | None:
@@ -158,7 +158,7 @@ class _Signal:
     kind = types_pb2.WAIT_KIND_SIGNAL
 
     def open(self, call: events_pb2.PlannedCall, arguments: Mapping[str, Any], *, now: float) -> Opening:
-        return Opening(now + _read_duration(call, arguments, "timeout") if "timeout" in arguments else None)
+        return Opening(now + _read_duration(call, arguments, name="timeout") if "timeout" in arguments else None)
 
     def settle(self, progress: Progress, intent: events_pb2.ToolExecuting, *, now: float) -> Ended | None:
         name = orjson.loads(intent.arguments)["name"]
@@ -198,7 +198,9 @@ class _Question:
             role=arguments.get("role", "runner"),
             kind=types_pb2.APPROVAL_KIND_QUESTION,
         )
-        return Opening(now + _read_duration(call, arguments, "expires") if "expires" in arguments else None, question)
+        return Opening(
+            now + _read_duration(call, arguments, name="expires") if "expires" in arguments else None, question
+        )
 
     def settle(self, progress: Progress, intent: events_pb2.ToolExecuting, *, now: float) -> Ended | None:
         answer = progress.answers.get(intent.call_id)
@@ -249,7 +251,7 @@ def denial(answer: events_pb2.ApprovalResolved) -> types_pb2.RunError:
     return types_pb2.RunError(code="PERMISSION_DENIED", reason=reason, message=message, metadata=metadata)
 
 
-def arguments_invalid(call: events_pb2.PlannedCall, path: str, fault: str) -> MainspringError:
+def arguments_invalid(call: events_pb2.PlannedCall, path: str, *, fault: str) -> MainspringError:
     """TOOL_ARGUMENTS_INVALID, as the model sees it."""
     return MainspringError(
         Reason.TOOL_ARGUMENTS_INVALID,
@@ -275,22 +277,24 @@ def read_arguments(call: events_pb2.PlannedCall) -> Mapping[str, Any]:
         arguments = orjson.loads(call.arguments or b"{}")
         fault = SCHEMAS.get(call.tool, _ANYTHING).first_fault(arguments, steps_max=CHECK_STEPS_MAX)
     except orjson.JSONDecodeError as error:
-        raise arguments_invalid(call, "$", f"they are not JSON: {error}") from error
+        raise arguments_invalid(call, "$", fault=f"they are not JSON: {error}") from error
     except TooCostlyError as error:
-        raise arguments_invalid(call, "$", "they are too large") from error
+        raise arguments_invalid(call, "$", fault="they are too large") from error
     if fault is not None:
-        raise arguments_invalid(call, fault.path, fault.message)
+        raise arguments_invalid(call, fault.path, fault=fault.message)
     if not isinstance(arguments, dict):
-        raise arguments_invalid(call, "$", "they are not an object")
+        raise arguments_invalid(call, "$", fault="they are not an object")
     return arguments
 
 
-def _read_duration(call: events_pb2.PlannedCall, arguments: Mapping[str, Any], name: str) -> float:
+def _read_duration(call: events_pb2.PlannedCall, arguments: Mapping[str, Any], *, name: str) -> float:
     seconds = parse_seconds(arguments[name])
     if seconds is None:
-        raise arguments_invalid(call, f"$.{name}", f"{arguments[name]!r} is not a duration such as 100ms, 30s or 5m")
+        raise arguments_invalid(
+            call, f"$.{name}", fault=f"{arguments[name]!r} is not a duration such as 100ms, 30s or 5m"
+        )
     if seconds > SECONDS_MAX:
-        raise arguments_invalid(call, f"$.{name}", f"{seconds:.6g} s are more than {SECONDS_MAX:.6g} s, a year")
+        raise arguments_invalid(call, f"$.{name}", fault=f"{seconds:.6g} s are more than {SECONDS_MAX:.6g} s, a year")
     return seconds
 
 
@@ -300,12 +304,12 @@ def _read_moment(call: events_pb2.PlannedCall, text: str, *, now: float) -> floa
         seconds = moment.timestamp()
     except (ValueError, OverflowError) as error:
         raise arguments_invalid(
-            call, "$.until", f"{text[:100]!r} is not RFC 3339, as in 2026-11-24T03:06:12Z"
+            call, "$.until", fault=f"{text[:100]!r} is not RFC 3339, as in 2026-11-24T03:06:12Z"
         ) from error
     if moment.tzinfo is None:
-        raise arguments_invalid(call, "$.until", "it names no time zone, such as Z or +02:00")
+        raise arguments_invalid(call, "$.until", fault="it names no time zone, such as Z or +02:00")
     if seconds > now + SECONDS_MAX:
-        raise arguments_invalid(call, "$.until", "it is more than a year from now")
+        raise arguments_invalid(call, "$.until", fault="it is more than a year from now")
     return seconds
 
 
@@ -313,5 +317,5 @@ def _check_schema(call: events_pb2.PlannedCall, schema: Mapping[str, Any]) -> by
     text = canonical(schema)
     fault = f"it has more than {SCHEMA_BYTES_MAX} bytes" if len(text) > SCHEMA_BYTES_MAX else schema_fault(schema)
     if fault:
-        raise arguments_invalid(call, "$.answer_schema", fault)
+        raise arguments_invalid(call, "$.answer_schema", fault=fault)
     return text

@@ -104,11 +104,11 @@ def test_an_answer_is_checked_against_the_question() -> None:
     asked = make_question(intent)
     approval = types_pb2.Approval(approval_id="a", answer_schema=asked.answer_schema)
     for data in (b'{"action":"retry"}', b'{"action":"result","result":null}', b'{"action":"fail"}'):
-        assert check_answer(approval, ALLOW, data) == data
-    assert check_answer(approval, DENY, b"") == b""
+        assert check_answer(approval, ALLOW, data=data) == data
+    assert check_answer(approval, DENY, data=b"") == b""
     for data in (b"", b'{"action":"pray"}', b'{"action":"result"}', b'{"action":"retry","x":1}'):
         with pytest.raises(MainspringError) as raised:
-            check_answer(approval, ALLOW, data)
+            check_answer(approval, ALLOW, data=data)
         assert (raised.value.reason_name, raised.value.metadata["approval_id"]) == ("ANSWER_INVALID", "a")
     with pytest.raises(MainspringError, match="not JSON"):
-        check_answer(approval, DENY, b"{")
+        check_answer(approval, DENY, data=b"{")
