@@ -33,6 +33,22 @@ def asking_agent() -> Spec:
     return scripted_agent("asking", asks, step("Good.", result="{{calls[0].result.data.limit}}"))
 
 
+def failing_agent() -> Spec:
+    """It fails for good."""
+    fails = step("I try.", fail={"code": "INVALID_ARGUMENT", "message": "It can't be done.", "times": 9})
+    return scripted_agent("failing", fails)
+
+
+def calling_agent() -> Spec:
+    """It calls another agent, which calls a third."""
+    return scripted_agent("calling", step("Help!", call("agent.middle")), step("Done.", result="{{calls[0].result}}"))
+
+
+def middle_agent() -> Spec:
+    """It calls a third agent."""
+    return scripted_agent("middle", step("Help!", call("agent.lowest")), step("Done.", result="{{calls[0].result}}"))
+
+
 @pytest.fixture(scope="module")
 def flow_stack(real_services_fixture: Stack) -> Stack:
     """The session's: nothing is killed here."""
@@ -42,7 +58,7 @@ def flow_stack(real_services_fixture: Stack) -> Stack:
 @pytest.fixture
 async def ready_user(user: User) -> User:
     """A user whose tenant has the agents."""
-    await user.register(expecting_agent(), asking_agent(), gated_agent())
+    await user.register(expecting_agent(), asking_agent(), failing_agent(), gated_agent())
     return user
 
 
@@ -167,18 +183,100 @@ async def test_what_is_a_users_own_is_out_of_reach_of_others(
         for op, fields, reason in (
             ("pause", {"run_id": run_id}, "RUN_NOT_FOUND"),
             ("resume", {"run_id": run_id}, "RUN_NOT_FOUND"),
+            ("retry", {"run_id": run_id}, "RUN_NOT_FOUND"),
             ("signal", {"run_id": run_id, "name": "go"}, "RUN_NOT_FOUND"),
             ("approve", {"approval_id": approval_id, "decision": "allow"}, "APPROVAL_NOT_FOUND"),
         ):
             assert (await foreign.ask(op, **fields))["reason"] == reason, op
         for method, path, body in (
             ("GET", f"/v1/runs/{run_id}:explain", None),
+            ("POST", f"/v1/runs/{run_id}:fork", {"seq": 1}),
             ("GET", f"/v1/approvals/{approval_id}", None),
         ):
             assert (await other.http(method, path, body)).status == 404, path
         assert (await other.http("GET", "/v1/approvals")).json["approvals"] == []
     assert (await ready_user.http("POST", f"/v1/runs/{run_id}:cancel")).status == 202
     await socket.ended(run_id)
+
+
+async def test_a_failed_run_is_started_again_and_followed(ready_user: User, socket: StreamClient) -> None:
+    run_id = await socket.start("failing", {"value": 3})
+    check_log(await socket.ended(run_id))
+    answer = await socket.ask("retry", run_id=run_id)
+    assert answer["op"] == "started", answer
+    assert answer["run_id"] != run_id
+    events = await socket.ended(answer["run_id"])
+    check_log(events)
+    started = events[0]["data"]
+    assert (started["attempt"], started["source_run_id"], started["input"]) == (2, run_id, {"value": 3})
+    run = await ready_user.get_run(answer["run_id"])
+    assert (run["attempt"], run["source_run_id"]) == (2, run_id)
+    third = await ready_user.http("POST", f"/v1/runs/{answer['run_id']}:retry")
+    assert third.status == 201, third.body
+    assert (await ready_user.get_run(third.json["run_id"]))["attempt"] == 3
+
+
+async def test_a_fork_takes_over_what_was_done(ready_user: User, socket: StreamClient, gate: Gate) -> None:
+    gate.open()
+    run_id = await socket.start("gated", {"gate": gate.path, "value": 1})
+    events = await socket.ended(run_id)
+    seq = next(event["seq"] for event in events if event["type"] == "tool_completed")
+    forked = await ready_user.http("POST", f"/v1/runs/{run_id}:fork", {"seq": seq, "session_id": unique("session")})
+    assert forked.status == 201, forked.body
+    await socket.follow(forked.json["run_id"])
+    copy = await socket.ended(forked.json["run_id"])
+    check_log(copy)
+    assert copy[-1]["data"]["result"] == events[-1]["data"]["result"]
+    assert len(gate.effects()) == 1
+    assert [event["source_seq"] for event in copy if "source_seq" in event]
+    beyond = await ready_user.http("POST", f"/v1/runs/{run_id}:fork", {"seq": 99})
+    assert (beyond.status, beyond.json["reason"]) == (400, "REQUEST_INVALID")
+
+
+async def test_who_follows_a_run_is_shown_all_below_it(ready_user: User, socket: StreamClient) -> None:
+    lowest = scripted_agent("lowest", step("So deep.", result={"depth": 2}))
+    await ready_user.register(lowest, middle_agent(), calling_agent())
+    run_id = await socket.start("calling", {})
+    check_log(await socket.ended(run_id))
+    logs: dict[str, list[Any]] = {}
+
+    def is_whole() -> bool:
+        logs.clear()
+        for event in socket.events():
+            logs.setdefault(event["agent"], []).append(event)
+        return {"calling", "middle", "lowest"} <= {
+            name for name, log in logs.items() if log[-1]["type"] == "agent_completed"
+        }
+
+    await socket.wait_for(lambda _: is_whole(), "the logs of all three")
+    for log in logs.values():
+        check_log(log)
+    middle = logs["middle"][0]
+    assert (middle["data"]["parent_run_id"], middle["data"]["root_run_id"]) == (run_id, run_id)
+    lowest_started = logs["lowest"][0]["data"]
+    assert (lowest_started["parent_run_id"], lowest_started["root_run_id"]) == (middle["run_id"], run_id)
+    below = (await ready_user.http("GET", f"/v1/runs?parent_run_id={run_id}")).json["runs"]
+    assert [run["run_id"] for run in below] == [middle["run_id"]]
+
+
+async def test_whoever_unfollows_the_top_is_shown_nothing_below(
+    ready_user: User, socket: StreamClient, gate: Gate
+) -> None:
+    await ready_user.register(
+        scripted_agent("above", step("Go.", call("agent.gated", gate=gate.path, value=1)), step("Done.", result=1))
+    )
+    run_id = await socket.start("above", {})
+    announced = await socket.until(run_id, "tool_executing")
+    below = announced["data"]["sub_run_id"]
+    await socket.until(below, "tool_executing")
+    assert (await socket.ask("unfollow", run_id=run_id))["op"] == "ok"
+    async with ready_user.stream() as other:
+        await other.follow(run_id)
+        gate.open()
+        check_log(await other.ended(run_id))
+        await other.ended(below)
+    assert (await socket.ask("ping"))["op"] == "pong"
+    assert "tool_completed" not in types(socket.events(below)) + types(socket.events(run_id))
 
 
 async def test_a_start_may_be_put_off(ready_user: User, socket: StreamClient, gate: Gate) -> None:
