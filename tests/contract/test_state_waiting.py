@@ -197,9 +197,10 @@ async def test_a_signal_wakes_a_waiting_run_and_comes_with_the_claim(
         claimed = await claimer.next_claim()
         assert (claimed.run.run_id, claimed.run.state) == (run_id, WAITING)
         names = [run_input.signal.name for run_input in claimed.inputs]
-        while len(names) < 3:
+        # Those that came since are told, maybe one again that came with the claim.
+        while len(set(names)) < 3:
             names.append((await claimer.next_input()).signal.name)
-        assert names[:3] == ["one", "two", "three"]
+        assert list(dict.fromkeys(names)) == ["one", "two", "three"]
         # The signals are none that it waits for: taken, it waits on, and is not woken by them again.
         took = [signalled(name) for name in ("one", "two", "three")]
         consumed = ["one", "two", "three"]
