@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ SILENT: Final = {"ClaimRuns"}
 SILENT_SECONDS: Final = 0.5
 SLOW_AGENT: Final = "slow"
 ASKING_AGENT: Final = "asking"
+FAILING_AGENT: Final = "failing"
 SCHEDULE: Final = "nightly"
 # What is asked of a run under way.
 CONTROLS: Final = (
@@ -191,7 +193,8 @@ class World:
         register, start = rpc_named("RegisterAgent"), rpc_named("StartRun")
         slow = scripted_agent(SLOW_AGENT, step("I take my time.", delay="5s", result=1))
         asking = scripted_agent(ASKING_AGENT, step("May I?", call("human.approve", title="May I?")))
-        for spec in (echo_agent(world.agent), slow, asking):
+        failing = scripted_agent(FAILING_AGENT, step("No.", fail={"code": "INVALID_ARGUMENT", "message": "No."}))
+        for spec in (echo_agent(world.agent), slow, asking, failing):
             document = orjson.dumps(spec)
             wire.answer(register, registry_pb2.RegisterAgentRequest(document=document), world.metadata(register))
         request = execution_pb2.StartRunRequest(agent=world.agent, input=b'{"value": 1}', session_id=user.session_id)
@@ -214,6 +217,8 @@ class World:
         assert isinstance(made, rpc.request_class)
         if isinstance(made, (state_pb2.PutInputRequest, *CONTROLS)):
             made.run_id = self.start()
+        if isinstance(made, execution_pb2.RetryRunRequest):
+            made.run_id = self.start(agent=FAILING_AGENT, wait=timedelta(seconds=CALL_SECONDS))
         if isinstance(made, execution_pb2.ResumeRunRequest):
             self._say("PauseRun", execution_pb2.PauseRunRequest(run_id=made.run_id))
         if isinstance(made, registry_pb2.GetTenantRequest | registry_pb2.DeleteTenantRequest):
@@ -281,6 +286,8 @@ class World:
             "PauseRun": execution_pb2.PauseRunRequest(),
             "ResumeRun": execution_pb2.ResumeRunRequest(),
             "SignalRun": execution_pb2.SignalRunRequest(name="go"),
+            "RetryRun": execution_pb2.RetryRunRequest(),
+            "ForkRun": execution_pb2.ForkRunRequest(run_id=self.run_id, seq=1),
             "ResolveApproval": execution_pb2.ResolveApprovalRequest(decision=types_pb2.APPROVAL_DECISION_ALLOW),
             "ExplainRun": execution_pb2.ExplainRunRequest(run_id=self.run_id),
             "Append": state_pb2.AppendRequest(),

@@ -151,6 +151,8 @@ OWN = {
     "PauseRun": "RUN_NOT_FOUND",
     "ResumeRun": "RUN_NOT_FOUND",
     "SignalRun": "RUN_NOT_FOUND",
+    "RetryRun": "RUN_NOT_FOUND",
+    "ForkRun": "RUN_NOT_FOUND",
     "ExplainRun": "RUN_NOT_FOUND",
     "ResolveApproval": "APPROVAL_NOT_FOUND",
     "GetApproval": "APPROVAL_NOT_FOUND",
