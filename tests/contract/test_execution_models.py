@@ -246,3 +246,22 @@ async def test_a_model_sees_its_thinking_again_when_its_run_is_taken_up_from_the
     _, said, told = server.asked[-1].body["messages"]
     assert said["content"][0] == {"type": "thinking", "thinking": "Hm.", "signature": "sig+/=="}
     assert told["content"][0]["tool_use_id"] == said["content"][2]["id"]
+
+
+async def test_another_agent_with_another_provider_goes_on_with_what_was_said(
+    ann: Caller, server: ModelServer, provider: str
+) -> None:
+    other = "anthropic" if provider == "openai" else "openai"
+    await register(ann, server, other, name="second", instructions="You are the second.", tools=[])
+    await register(ann, server, provider, name="first", handoffs=["second"])
+    calls = [(ECHO, '{"value": 1}'), ("handoff__second", '{"reason": "enough"}')]
+    steps = [Reply(FRAMES[provider](["Well."], [call])) for call in calls]
+    server.script(*steps, Reply(FRAMES[other](["Here I am."])))
+    run = await ann.run("first", "Go.")
+    assert (run.state, run.result) == (COMPLETED, b'"Here I am."')
+    body = server.asked[-1].body
+    told = str(body)
+    assert "You are the second." in told and "Be brief." not in told
+    assert all(word in told for word in ('"value":"Go."', ECHO, "handoff__second", "enough"))
+    thoughts = [event.agent_thinking.model for event in await ann.log(run.run_id) if event.HasField("agent_thinking")]
+    assert [thought.split("/")[0] for thought in thoughts] == [provider, provider, other]
