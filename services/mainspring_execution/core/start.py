@@ -68,7 +68,7 @@ def check_json(data: bytes, *, field: str) -> bytes:
     return data
 
 
-def hash_request(start: execution_pb2.StartRunRequest, session_id: str, origin: Origin = NO_ORIGIN) -> bytes:
+def hash_request(start: execution_pb2.StartRunRequest, session_id: str, *, origin: Origin = NO_ORIGIN) -> bytes:
     """SHA-256 over what the client asked for: what must be the same when an idempotency key comes again."""
     digest = hashlib.sha256()
     for part in (
@@ -107,7 +107,7 @@ def make_create(
         agent_version=plan.version,
         input=input_json,
         idempotency_key=start.idempotency_key,
-        request_hash=hash_request(start, asked_session_id, origin) if start.idempotency_key else b"",
+        request_hash=hash_request(start, asked_session_id, origin=origin) if start.idempotency_key else b"",
         executor_id=executor_id,
         trace_id=envelope.trace_id,
         follower_id=follower_id,

@@ -17,7 +17,8 @@ from mainspring_kit.tasks import raise_if_cancelled
 from mainspring_execution.core.decision import check_takeover
 from mainspring_execution.core.progress import fold
 from mainspring_execution.engine.catalog import PreparedAgent
-from mainspring_execution.engine.runs import Runs, make_drive
+from mainspring_execution.engine.making import make_drive
+from mainspring_execution.engine.runs import Runs
 from mainspring_execution.engine.surroundings import Surroundings
 from mainspring_execution.peers import UNREACHED, ClaimCall
 

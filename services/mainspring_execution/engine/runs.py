@@ -20,15 +20,11 @@ from mainspring_kit.interceptors import validate
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.record import Envelope
 from mainspring_execution.core.start import NO_ORIGIN, Origin, check_run_id, make_create, read_input
-from mainspring_execution.engine.attention import Attention
-from mainspring_execution.engine.calls import Calls
 from mainspring_execution.engine.catalog import PreparedAgent
-from mainspring_execution.engine.deadlines import Deadlines
 from mainspring_execution.engine.drive import Drive
-from mainspring_execution.engine.ending import Ending, internal_fault
-from mainspring_execution.engine.journal import Journal
-from mainspring_execution.engine.surroundings import Grip, Surroundings
-from mainspring_execution.engine.tree import Launcher, Tree
+from mainspring_execution.engine.ending import internal_fault
+from mainspring_execution.engine.making import make_drive
+from mainspring_execution.engine.surroundings import Surroundings
 from mainspring_execution.peers import UNREACHED
 
 RETRY_SECONDS: Final = 0.25
@@ -287,60 +283,6 @@ class Runs:
             # Somebody else's run: whose is not told.
             raise refusal from error
         return execution_pb2.StartResult(item_id=item_id, run_id=run.run_id, state=run.state)
-
-
-def make_drive(
-    surroundings: Surroundings,
-    launcher: Launcher,
-    context: UserExecutionContext,
-    *,
-    agent: PreparedAgent | MainspringError,
-    run: types_pb2.Run,
-    state_id: str,
-    arrived: float,
-    lapses: int,
-) -> Drive:
-    """A drive with its parts. `agent`: an error is what the run fails with.
-
-    `arrived`: when the start or the claim came, on the clock of perf_counter. `lapses`: of the lease, before the run's
-    first append of this epoch was or is sent; where it has lapsed since, the first effect has to ask whose the run is.
-    """
-    attention = Attention()
-    journal = Journal(
-        surroundings.state.appends,
-        Envelope(
-            run.run_id,
-            context.session_id,
-            run.agent,
-            context.trace_id,
-            run.parent_run_id,
-            run.root_run_id if run.parent_run_id else "",
-        ),
-        tenant_id=context.tenant_id,
-        epoch=run.epoch,
-        state_id=state_id,
-        attention=attention,
-    )
-    deadlines = Deadlines(run)
-    calls = Calls(
-        journal, context, dispatcher=surroundings.dispatcher, catalog=surroundings.catalog, deadlines=deadlines
-    )
-    grip = Grip(surroundings, context, attention=attention, journal=journal, lapses=lapses)
-    tree = Tree(surroundings, context, launcher=launcher, run=run, attention=attention, journal=journal, grip=grip)
-    ending = Ending(journal, calls, tree=tree, attention=attention, arrived=arrived)
-    return Drive(
-        surroundings,
-        context,
-        agent=agent,
-        run=run,
-        attention=attention,
-        journal=journal,
-        calls=calls,
-        ending=ending,
-        tree=tree,
-        grip=grip,
-        deadlines=deadlines,
-    )
 
 
 def _no_lease() -> MainspringError:
