@@ -31,6 +31,7 @@ class Asking:
         self.ready: dict[Key, float] = {}
         self.inputs: dict[Key, dict[str, Row]] = {}
         self.approvals: dict[Key, dict[int, Row]] = {}
+        self.on_release: Callable[[Key, int], None] = lambda key, epoch: None
 
     def wakes(self, state: int, kind: str) -> bool:
         """`state.wakes`."""
@@ -135,6 +136,7 @@ class Asking:
         if any(self.wakes(run["state"], row["kind"]) for row in self.unconsumed(key)):
             moments = [self.now()]
         self.leases.pop(key, None)
+        self.on_release(key, run["epoch"])
         if moments:
             self.make_ready(key, min(moments))
         return bool(moments) and min(moments) <= self.now()

@@ -15,6 +15,7 @@ from mainspring_gateway.core.events import EncodedEvent, encode
 from tests.simulation.asking import Key, Row
 from tests.simulation.leasing import Schema
 from tests.simulation.loop import Process
+from tests.simulation.standing import Standing
 
 TERMINAL: Final = frozenset({"agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"})
 EFFECTS: Final = {
@@ -42,6 +43,7 @@ class Checker:
         self.violations: list[str] = []
         self.trace = trace
         self.on_claim: Callable[[str], None] = lambda executor_id: None
+        self.on_end: Callable[[], None] = lambda: None
         self.effects: Counter[tuple[str, str, str]] = Counter()
         self.arrivals: Counter[str] = Counter()
         self._schema = schema
@@ -51,6 +53,8 @@ class Checker:
         self._parsed: dict[Key, list[events_pb2.RunEvent]] = {}
         self._answers: dict[str, tuple[str, int]] = {}
         self._items: dict[tuple[Process, int], str] = {}
+        self._skews: dict[str, float] = {}
+        self.standing = Standing(schema, self.expect)
         schema.on_commit, schema.on_grant = self._committed, self._granted
 
     def fail(self, what: str) -> None:
@@ -68,6 +72,15 @@ class Checker:
         """The durable events of a run."""
         return self._parsed.get(key, [])
 
+    def has_ended(self, key: Key) -> bool:
+        """Whether its end is durable."""
+        log = self.log(key)
+        return bool(log) and log[-1].WhichOneof("payload") in TERMINAL
+
+    def sub_runs(self) -> list[Key]:
+        """The runs that others have made."""
+        return [key for key, run in self._schema.runs.items() if run["parent_run_id"]]
+
     def key_of(self, run_id: str) -> Key:
         """Tenant and run; run ids are unique here."""
         return next((key for key in self._schema.runs if key[1] == run_id), ("", run_id))
@@ -75,6 +88,7 @@ class Checker:
     def sent(self, process: Process, path: str, message: Any) -> None:
         """A process hands a message to its transport."""
         if isinstance(message, state_pb2.AppendRequest):
+            self._skews[process.name] = process.clock_skew
             for append in message.appends:
                 self._senders.setdefault(append.append_id, process.name)
                 if append.events:
@@ -107,11 +121,15 @@ class Checker:
     def _granted(self, key: Key, epoch: int, executor_id: str) -> None:
         self.trace(f"db: {key[1][-4:]} leased to {executor_id} under epoch {epoch}")
         self._grants[key, epoch] = executor_id
+        self.standing.granted(key, epoch)
         if epoch > 1:
             self.on_claim(executor_id)
 
     def _committed(self, key: Key, rows: list[Row], epoch: int) -> None:
         log = self._parsed.setdefault(key, [])
+        sender = self._senders.get(rows[0]["append_id"]) if rows else None
+        # Nobody's process carries a statement out, so that this is the clock of all.
+        clock = time.time() + self._skews.get(sender or "", 0.0)
         for row in rows:
             event = events_pb2.RunEvent.FromString(row["event"])
             self.trace(f"db: {key[1][-4:]} #{row['seq']} {row['type']} epoch {epoch}")
@@ -121,10 +139,12 @@ class Checker:
             again = log and any(known.append_id == event.append_id for known in log[: 1 - len(rows) or None])
             self.expect(not (again and row is rows[0]), f"{key[1]} #{event.seq}: an append is stored twice")
             self._check_payload(key, log, event)
+            self.standing.committed(key, log, event, clock=clock)
             log.append(event)
+        if self.has_ended(key):
+            self.on_end()
         newest = max(known for run, known in self._grants if run == key)
         self.expect(epoch == newest, f"{key[1]}: an append of epoch {epoch} is taken, the holder's is {newest}")
-        sender = self._senders.get(rows[0]["append_id"]) if rows else None
         holder = self._grants[key, newest]
         self.expect(sender in (None, holder), f"{key[1]}: {sender} appends, {holder} is the holder")
 
@@ -181,6 +201,7 @@ class Checker:
         self.expect(key in self._schema.runs, f"{run_id}: a model is called before the run exists")
         done = [event.agent_thinking.step for event in self.log(key)]
         self._expect_holder(key, executor_id, what=f"model step {step}")
+        self.standing.called(key, self.log(key), f"model step {step}")
         self.expect(step not in done, f"{run_id}: model step {step} is durable and made again")
 
     def tool_called(self, executor_id: str, call: dispatcher_pb2.ToolCall) -> None:
@@ -190,6 +211,7 @@ class Checker:
         self.trace(f"{executor_id}: calls {call.tool} {call.call_id[-8:]} attempt {call.attempt}")
         log = self.log(key)
         self._expect_holder(key, executor_id, what=call.call_id)
+        self.standing.called(key, log, call.call_id)
         self.expect(call.effect == EFFECTS[effect], f"{call.call_id}: called with another effect class")
         done = any(event.tool_completed.call_id == call.call_id for event in log)
         self.expect(not done, f"{call.call_id}: a finished call is made again")
@@ -198,8 +220,7 @@ class Checker:
         failures = [event.attempt_failed for event in log if event.attempt_failed.call_id == call.call_id]
         is_due = not failures or failures[-1].retry_time.ToNanoseconds() <= time.time() * 1e9 + CLOCK_NS
         self.expect(is_due, f"{call.call_id}: made again before its time")
-        is_over = log and log[-1].WhichOneof("payload") in TERMINAL
-        self.expect(not is_over, f"{call.call_id}: called after the run's end")
+        self.expect(not self.has_ended(key), f"{call.call_id}: called after the run's end")
 
     def _expect_holder(self, key: Key, executor_id: str, *, what: str) -> None:
         holder = self._schema.held_by(key)

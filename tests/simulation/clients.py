@@ -1,4 +1,4 @@
-"""Who uses the platform in a history: users who start runs, see them through, cancel, and look where they may not."""
+"""Who uses the platform in a history: users who start runs and see them through, and who look where they may not."""
 
 from __future__ import annotations
 
@@ -18,38 +18,19 @@ from mainspring_kit.errors import MainspringError
 from mainspring_kit.identity import UserExecutionContext
 
 from tests.simulation.calls import as_user
+from tests.simulation.wishes import Wish
 from tests.simulation.world import World
 
 RETRY_SECONDS = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What one client wants: a run of this agent and script, with these mishaps. Times in seconds after its start."""
-
-    number: int
-    tenant_id: str
-    user_id: str
-    session_id: str
-    agent: str
-    script: list[list[str]]
-    key: str
-    start_time: float
-    # Starts once more with the same key although it has an answer.
-    repeats: bool
-    cancel_after: float | None
-
-
 class Client:
     """A user with one wish. Outlives gateways: what it has seen stays seen."""
 
-    def __init__(
-        self, world: World, wish: Wish, on_done: Callable[[], None], *, on_asked: Callable[[Client, str], None]
-    ) -> None:
-        """`on_done` is called when it wants nothing more, `on_asked` with the id of each approval."""
+    def __init__(self, world: World, wish: Wish, on_done: Callable[[], None]) -> None:
+        """`on_done` is called when it wants nothing more."""
         self.wish = wish
         self._on_done = on_done
-        self._on_asked = on_asked
         self.run_id = ""
         self.seen_seq = 0
         self.has_ended = False
@@ -85,8 +66,6 @@ class Client:
         self._world.trace(f"{self.name} sees #{event.seq}")
         self._world.checker.saw_event(self.name, self.key, event=event, expected_seq=self.seen_seq + 1)
         self.seen_seq = event.seq
-        if b'"approval_requested"' in event.payload:
-            self._on_asked(self, f"{self.run_id}.{event.seq}")
         if event.is_terminal:
             self.has_ended = True
             self._on_done()
@@ -165,34 +144,6 @@ class Client:
         except MainspringError:
             self._over = None
             raise
-
-    async def cancel(self) -> None:
-        """Asks for the run's end, until that is stored."""
-        request_id = f"cancel-{self.wish.number}"
-        await self._ask(state_pb2.PutInputRequest(request_id=request_id, cancel=state_pb2.CancelInput()))
-
-    async def answer(self, approval_id: str) -> None:
-        """Says what becomes of a call of unknown outcome, until that is stored: make it again, or let it fail."""
-        action = self._world.rng.choice((b'{"action":"retry"}', b'{"action":"fail"}'))
-        await asyncio.sleep(self._world.rng.random() * 2.0)
-        answer = state_pb2.ApprovalInput(
-            approval_id=approval_id, decision=types_pb2.APPROVAL_DECISION_ALLOW, data=action
-        )
-        await self._ask(state_pb2.PutInputRequest(request_id=f"answer-{approval_id}", approval=answer))
-
-    async def _ask(self, request: state_pb2.PutInputRequest) -> None:
-        while not self.is_done:
-            request.run_id = self.run_id
-            try:
-                if self.run_id:
-                    stub = self._world.network.state_stub(self._world.target("state"))
-                    await stub.PutInput(request, metadata=as_user(self.context(self.run_id)), timeout=2.0)
-                    self._world.trace(f"{self.name} has asked for {request.WhichOneof('input')}")
-                    return
-            except grpc.aio.AioRpcError as error:
-                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
-                    return
-            await asyncio.sleep(RETRY_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)

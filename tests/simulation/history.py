@@ -10,13 +10,16 @@ from functools import partial
 from random import Random
 
 from mainspring.v1 import types_pb2
+from mainspring_execution.core.intrinsic import is_intrinsic
 from mainspring_kit.identity import UserExecutionContext
 
+from tests.simulation.asking import Key
 from tests.simulation.checks import TERMINAL
-from tests.simulation.clients import Client, Onlooker, Wish
+from tests.simulation.clients import Client, Onlooker
 from tests.simulation.loop import LivelockError, Process
 from tests.simulation.network import Host
-from tests.simulation.parts import TOOLS
+from tests.simulation.people import People
+from tests.simulation.wishes import make_wishes
 from tests.simulation.world import World, installed
 
 # After so many virtual seconds everything must have ended: takeovers take some five seconds each.
@@ -77,7 +80,7 @@ class History:
         for kind, count in counts.items():
             for number in range(1, count + 1):
                 world.network.hosts[f"{kind}-{number}:1"] = Host()
-        self.clients = [Client(world, wish, self._look_up, on_asked=self._answer) for wish in _wishes(self._rng)]
+        self.clients = [Client(world, wish, self._look_up) for wish in make_wishes(self._rng)]
 
     def run(self) -> None:
         """Plays to the end and judges."""
@@ -91,13 +94,12 @@ class History:
         if self._rng.random() < 0.3:
             world.bus.loss_share = 0.25
         loop.call_later(ROUGH_SECONDS, self._calm_down)
-        world.checker.on_claim = self._stall_claimer
+        world.checker.on_claim, world.checker.on_end = self._stall_claimer, self._look_up
         browser = self._process("browser-1:1")
+        people = People(world, browser)
         for client in self.clients:
             loop.call_later(client.wish.start_time, self._send, client)
-            if client.wish.cancel_after is not None:
-                moment = client.wish.start_time + client.wish.cancel_after
-                loop.call_later(moment, self._cancel, client, browser)
+            people.care_for(client)
         if self._rng.random() < 0.5:
             wish = self.clients[0].wish
             user = UserExecutionContext(wish.tenant_id, wish.user_id)
@@ -106,8 +108,10 @@ class History:
         self._judge()
 
     def _look_up(self) -> None:
-        """A client has all it wanted: when all have, the history is over."""
-        self._world.loop.is_over = all(client.is_done for client in self.clients)
+        """Something has ended: when all has, and all clients have seen it, the history is over."""
+        world = self._world
+        if all(client.is_done for client in self.clients):
+            world.loop.is_over = all(map(world.checker.has_ended, world.checker.sub_runs()))
 
     def _process(self, address: str) -> Process:
         process = self._world.network.hosts[address].process
@@ -125,12 +129,6 @@ class History:
         if client.engine is not engine:
             client.engine = engine
             self._world.spawn(process, partial(client.go, engine))
-
-    def _answer(self, client: Client, approval_id: str) -> None:
-        self._world.spawn(self._process("browser-1:1"), partial(client.answer, approval_id))
-
-    def _cancel(self, client: Client, browser: Process) -> None:
-        self._world.spawn(browser, client.cancel)
 
     def _break_something(self) -> None:
         world, rng = self._world, self._rng
@@ -219,60 +217,32 @@ class History:
             checker.expect(client.seen_seq == len(log), f"{client.name} saw {client.seen_seq} of {len(log)} events")
             checker.expect(sum(kind in TERMINAL for kind in kinds) <= 1, f"{client.run_id} has two ends")
             by_key.setdefault((wish.tenant_id, wish.user_id, wish.key), set()).add(client.run_id)
-            self._judge_calls(client)
+            self._judge_calls(client.key)
         for key, run_ids in by_key.items():
             checker.expect(len(run_ids) == 1, f"the key {key} started {run_ids}")
-        made = {run_id for _, run_id in world.schema.runs}
+        sub_runs = checker.sub_runs()
+        for sub_run in sub_runs:
+            checker.expect(checker.has_ended(sub_run), f"sub-run {sub_run[1]} has not ended")
+            self._judge_calls(sub_run)
+        made = {run_id for _, run_id in world.schema.runs.keys() - set(sub_runs)}
         asked = {client.run_id for client in self.clients}
         checker.expect(made <= asked, f"runs that nobody was told of: {made - asked}")
 
-    def _judge_calls(self, client: Client) -> None:
-        """No call is left open by a run's end, and what succeeded had its effect."""
+    def _judge_calls(self, key: Key) -> None:
+        """No call is left open by a run's end, what succeeded had its effect, and what people asked for was done."""
         checker = self._world.checker
+        log = checker.log(key)
+        checker.standing.judge(key, log)
         outcomes = {}
         begun = set()
-        for event in checker.log(client.key):
+        # Of these a person said what they have done.
+        told = {event.approval_requested.call_id for event in log if event.HasField("approval_requested")}
+        for event in log:
             if event.HasField("tool_executing"):
                 begun.add(event.tool_executing.call_id)
             elif event.HasField("tool_completed"):
                 outcomes[event.tool_completed.call_id] = event.tool_completed
-        checker.expect(begun <= outcomes.keys(), f"{client.run_id} ended with open calls: {begun - outcomes.keys()}")
+        checker.expect(begun <= outcomes.keys(), f"{key[1]} ended with open calls: {begun - outcomes.keys()}")
         for call_id, outcome in outcomes.items():
-            if outcome.status == types_pb2.TOOL_STATUS_OK:
+            if outcome.status == types_pb2.TOOL_STATUS_OK and not is_intrinsic(outcome.tool) and call_id not in told:
                 checker.expect(checker.arrivals[call_id], f"{call_id} succeeded without its effect")
-
-
-def _wishes(rng: Random) -> list[Wish]:
-    wishes: list[Wish] = []
-    for number in range(1, rng.choice((1, 2, 2, 3, 3)) + 1):
-        steps = rng.choice((1, 2, 2, 3))
-        former = rng.choice(wishes) if wishes and rng.random() < 0.2 else None
-        user_id = rng.choice(("ann", "bob"))
-        wish = Wish(
-            number=number,
-            tenant_id="acme",
-            user_id=user_id,
-            session_id=f"talk-{user_id}-{rng.choice((1, number))}",
-            agent=rng.choice(("quick", "quick", "slow", "slow", "late")),
-            script=[[rng.choice(TOOLS) for _ in range(rng.choice((0, 1, 1, 2)))] for _ in range(steps)],
-            key=f"key-{number}",
-            start_time=0.1 + rng.random() ** 2 * 2.5,
-            repeats=rng.random() < 0.2,
-            cancel_after=rng.random() * 2.0 if rng.random() < 0.2 else None,
-        )
-        if former is not None:
-            # Two clients of one user start the same at about the same time.
-            wish = Wish(
-                number=number,
-                tenant_id=former.tenant_id,
-                user_id=former.user_id,
-                session_id=former.session_id,
-                agent=former.agent,
-                script=former.script,
-                key=former.key,
-                start_time=former.start_time + rng.random() * 0.1,
-                repeats=False,
-                cancel_after=None,
-            )
-        wishes.append(wish)
-    return wishes

@@ -42,6 +42,11 @@ class Process:
         return self.name
 
 
+def _copied(context: contextvars.Context | None) -> contextvars.Context:
+    """The caller's where none is given; nobody's is empty, and as good as any."""
+    return contextvars.copy_context() if context is None else context
+
+
 class Handle:
     """A callback that is due now or later."""
 
@@ -106,14 +111,14 @@ class SimLoop(asyncio.AbstractEventLoop):
     def call_soon(  # type: ignore[override]  # a handle of our own has what asyncio asks of one
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> Handle:
-        handle = Handle(callback, args, when=self.now, context=context or contextvars.copy_context())
+        handle = Handle(callback, args, when=self.now, context=_copied(context))
         self._ready.append(handle)
         return handle
 
     def call_at(  # type: ignore[override]  # as above
         self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> Handle:
-        handle = Handle(callback, args, when=when, context=context or contextvars.copy_context())
+        handle = Handle(callback, args, when=when, context=_copied(context))
         self._number += 1
         heapq.heappush(self._timers, (when, self._number, handle))
         return handle

@@ -9,6 +9,8 @@ from typing import Any
 
 import orjson
 from mainspring.v1 import dispatcher_pb2, registry_pb2, state_pb2, types_pb2
+from mainspring_execution.core.intrinsic import AGENT_PREFIX, APPROVE, SIGNAL, SLEEP
+from mainspring_execution.core.intrinsic import TOOLS as INTRINSIC
 from mainspring_execution.core.plan import AgentPlan
 from mainspring_execution.core.thought import Thought, Turn, WantedCall
 from mainspring_execution.engine.catalog import PreparedAgent
@@ -25,6 +27,9 @@ from tests.simulation.loop import PROCESS, SimLoop
 
 OUTSTANDING_MAX = 10_000
 TOOLS = tuple(EFFECTS)
+AGENT_TOOLS = frozenset(
+    {f"{effect}.tool" for effect in TOOLS} | INTRINSIC.keys() | {"agent.quick", "agent.slow", "handoff.slow"}
+)
 
 
 class Model:
@@ -63,17 +68,32 @@ class Model:
             model="simulated",
             text=f"step {turn.step}",
             usage=types_pb2.Usage(input_tokens=1),
-            calls=tuple(
-                WantedCall(f"{effect}.tool", orjson.dumps({"step": turn.step, "index": index}))
-                for index, effect in enumerate(calls)
-            ),
+            calls=tuple(_want(call, place=f"{turn.step}.{index}") for index, call in enumerate(calls)),
             result=b'{"answer":1}' if turn.step == len(script) else b"",
             provider_state=b"secret",
         )
 
 
+def _want(call: str, *, place: str) -> WantedCall:
+    """A call of a script: a tool, and after a colon what is special about this call."""
+    tool, _, special = call.partition(":")
+    arguments: dict[str, Any] = {}
+    if tool == SLEEP:
+        arguments = {"seconds": float(special)}
+    elif tool == SIGNAL:
+        arguments = {"name": "maybe", "timeout": float(special)} if special else {"name": "go"}
+    elif tool == APPROVE:
+        arguments = {"title": "May I?", "arguments": {"place": place}}
+        arguments |= {"expires": float(special)} if special else {}
+    elif tool.startswith(AGENT_PREFIX):
+        arguments = {"script": [[special], []]}
+    elif tool in EFFECTS:
+        tool, arguments = f"{tool}.tool", {"place": place}
+    return WantedCall(tool, orjson.dumps(arguments))
+
+
 class Catalog:
-    """Two agents, one whose model answers at once and one whose model takes its time, and a tool of each effect."""
+    """Agents whose models answer at once, take their time, or too much of it; and a tool of each effect."""
 
     def __init__(self, checker: Checker, rng: Random, *, executor_id: str) -> None:
         self._agents = {
@@ -84,14 +104,15 @@ class Catalog:
                     provider="simulated",
                     model={},
                     instructions="",
-                    tools=frozenset(f"{effect}.tool" for effect in TOOLS),
+                    tools=AGENT_TOOLS,
                     output_schema=None,
                     timeout_seconds=timeout_seconds,
                     steps_max=20,
+                    concurrent_max=int(name == "capped"),
                 ),
                 Model(checker, rng, executor_id=executor_id, think_seconds=think_seconds),
             )
-            for name, think_seconds, timeout_seconds in (("quick", 0, 300), ("slow", 0.2, 300), ("late", 2.0, 1.0))
+            for name, think_seconds, timeout_seconds in (("quick", 0, 300), ("slow", 0.2, 300), ("late", 2.0, 1.0), ("capped", 0.1, 300))
         }
 
     async def resolve(

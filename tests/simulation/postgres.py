@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any, Final
@@ -25,6 +25,7 @@ class Server:
     def __init__(self, schema: Schema, loop: SimLoop, rng: Random) -> None:
         self.schema = schema
         self.fault_share = 0.0
+        self.on_statement: Callable[[], None] = lambda: None
         self._loop = loop
         self._rng = rng
         self._latency = rng.choice((0.0005, 0.003))
@@ -47,6 +48,7 @@ class Server:
 
     def _carry_out(self, statement: str, arguments: tuple[Any, ...], done: asyncio.Future[Any]) -> None:
         rows = getattr(self.schema, _NAMES[statement])(*arguments)
+        self.on_statement()
         back = self._latency * (0.2 + self._rng.random())
         self._loop.call_later(back, _answer, done, rows, context=self._context)
 

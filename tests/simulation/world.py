@@ -72,6 +72,7 @@ class World:
         self.schema = Schema(self.database_now)
         self.checker = Checker(self.schema, self.trace, self.loop.stop)
         self.server = Server(self.schema, self.loop, self.rng)
+        self.server.on_statement = self.checker.standing.settled
         self.network = Network(self.loop, self.rng)
         self.network.on_send = self.checker.sent
         self.network.on_receive = self._received
