@@ -17,10 +17,10 @@ from mainspring_execution.core.thought import Thought, Turn
 from mainspring_execution.engine.catalog import Catalog, PreparedAgent
 from mainspring_execution.engine.claims import Claims
 from mainspring_execution.engine.deltas import Deltas
-from mainspring_execution.engine.drive import Surroundings
 from mainspring_execution.engine.journal import UNANSWERED_APPENDS_MAX
 from mainspring_execution.engine.lease import Lease
 from mainspring_execution.engine.runs import Runs
+from mainspring_execution.engine.surroundings import Surroundings
 from mainspring_execution.peers import Dispatcher, State
 from mainspring_kit.channel import Peer
 from mainspring_kit.config import ServiceSettings
@@ -129,6 +129,10 @@ class Endless:
         self.steps: list[int] = []
         plan = AgentPlan("endless", "1", "none", {}, "", frozenset(), None, timeout_seconds=300, steps_max=20)
         self._agent = PreparedAgent(plan, self)
+
+    def rank(self, name: str) -> int:
+        """There is one."""
+        return 0
 
     def waits(self, step: int) -> bool:
         return True
