@@ -231,12 +231,6 @@ async def test_many_runs_at_once_all_end_gapless(ann: Caller) -> None:
         assert len(await owner.log(context.run_id)) == 6
 
 
-async def test_what_comes_later_says_so(ann: Caller) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await ann.execution.PauseRun(pb.PauseRunRequest(), **ann.options())
-    assert error_of(raised.value)[:2] == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
-
-
 async def test_a_keyed_call_takes_effect_once(ann: Caller, tmp_path: Any) -> None:
     file = str(tmp_path / "effects")
     await ann.register(
