@@ -35,3 +35,13 @@ def test_a_schema_that_is_none_is_refused() -> None:
     with pytest.raises(MainspringError) as raised:
         plan(output_schema=["nonsense"])
     assert raised.value.metadata["field"] == "output_schema"
+
+
+def test_agents_and_handoffs_are_called_by_name() -> None:
+    read = plan(
+        tools=["diagnostics.echo", {"agent": "helper"}, {"agent": "critic", "on_failure": "fail_fast"}],
+        handoffs=["expert"],
+    )
+    assert read.tools == {"diagnostics.echo", "agent.helper", "agent.critic", "handoff.expert"}
+    assert read.fail_fast == {"agent.critic"}
+    assert plan().fail_fast == frozenset()

@@ -116,6 +116,13 @@ def test_the_schema_is_one_and_describes_every_field() -> None:
         spec(limits={"timeout": "24h", "max_steps": 1, "max_concurrent_per_user": 1000}),
         spec(limits={"step_timeout": "30s", "retries": 0}, tools=["t"], tool_timeouts={"t": "5s"}),
         spec(model={"provider": "openai", "name": "any-model", "timeout": "20s"}),
+        spec(tools=["a.b", {"agent": "helper"}, {"agent": "c-2", "on_failure": "fail_fast"}], handoffs=["expert"]),
+        scripted(
+            {"calls": [{"tool": "agent.helper"}, {"tool": "handoff.expert"}]},
+            {"result": 1},
+            tools=[{"agent": "helper"}],
+            handoffs=["expert"],
+        ),
         spec(
             model={
                 "provider": "openai",
@@ -230,6 +237,16 @@ def test_right_specifications_are_taken(document: Spec) -> None:
             "less than the minimum of 1",
         ),
         (spec(limits={"retries": -1}), "limits.retries", "less than the minimum of 0"),
+        (spec(tools=[{"agent": "helper", "on_failure": "ignore"}]), "tools[0].on_failure", "must be one of"),
+        (spec(tools=[{"name": "helper"}]), "tools[0].name", "is not known here"),
+        (spec(tools=["agent.helper", {"agent": "helper"}]), "tools[1]", "agent.helper is there twice"),
+        (spec(tools=["handoff.expert"], handoffs=["expert"]), "tools[0]", "handoff.expert is there twice"),
+        (spec(handoffs=["Expert"]), "handoffs[0]", ""),
+        (
+            scripted({"calls": [{"tool": "handoff.expert"}]}, {"result": 1}, tools=[]),
+            "model.script[0].calls[0].tool",
+            "is not in `tools`",
+        ),
         (spec(limits={"max_steps": 0}), "limits.max_steps", "less than the minimum of 1"),
         (spec(limits={"max_steps": True}), "limits.max_steps", "must be an integer, not true or false"),
         (spec(output_schema=True), "output_schema", "must be an object, not true or false"),
