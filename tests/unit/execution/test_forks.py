@@ -136,5 +136,7 @@ def test_a_repeated_request_is_known_by_a_key_however_long_its_id_is() -> None:
 
 def test_the_same_request_for_another_event_is_another_request() -> None:
     start = again(source(), key="fork/1")
-    hashes = {hash_request(start, "talk", origin=origin) for origin in (NO_ORIGIN, Origin(RUN_ID, 2), Origin(RUN_ID, 3))}
+    hashes = {
+        hash_request(start, "talk", origin=origin) for origin in (NO_ORIGIN, Origin(RUN_ID, 2), Origin(RUN_ID, 3))
+    }
     assert len(hashes) == 3
