@@ -96,7 +96,7 @@ async function main() {
       broken_rule: await refusal(call('state', 'ReadEvents', { run_id: started.run_id, page_size: -1 })),
       unknown_agent: await refusal(call('execution', 'StartRun', { agent: 'nobody' })),
       no_token: await refusal(call('state', 'ListRuns', {}, '')),
-      later: await refusal(call('execution', 'PauseRun', {})),
+      later: await refusal(call('state', 'GetValue', {})),
     },
   };
 }
