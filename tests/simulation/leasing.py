@@ -112,6 +112,10 @@ class Schema(Tables):
             if is_old and (name not in silent or name not in holders):
                 del self.executors[name, stream]
 
+    def next_due(self) -> float | None:
+        """`state.next_due`."""
+        return min((due - self.now() for due in self.ready.values() if self.now() < due < float("inf")), default=None)
+
     def tidy_ready(self) -> None:
         """`state.tidy_ready`."""
         for key, moment in list(self.ready.items()):

@@ -27,6 +27,8 @@ from mainspring_state.store.leases import CLAIM_PAGE_MAX, UNCONSUMED_MAX, Claim,
 
 INPUT_SECONDS: Final = 1.0
 TIDY_SECONDS: Final = 30.0
+# Runs that wake one soon after the other are claimed together.
+CLAIM_SECONDS_MIN: Final = 0.05
 LOG_PAGE_MAX: Final = 1_000
 LOG_PAGE_BYTES_MAX: Final = 4 << 20
 
@@ -220,17 +222,20 @@ class Executors:
         tidy_due = 0.0
         while True:
             self._chances.clear()
+            pause = self._times.claim
             try:
                 await self._disown_doubtful()
                 while await self._claim_round():
                     pass
+                if self._claimers and (due := await self._leases.next_due()) is not None:
+                    pause = min(pause, max(due, CLAIM_SECONDS_MIN))
                 if time.monotonic() >= tidy_due:
                     await self._leases.tidy_ready()
                     tidy_due = time.monotonic() + TIDY_SECONDS
             except MainspringError as error:
                 telemetry.logger().debug("claims_delayed", detail=str(error)[:200])
             try:
-                async with asyncio.timeout(self._times.claim):
+                async with asyncio.timeout(pause):
                     await self._chances.wait()
             except TimeoutError:
                 pass

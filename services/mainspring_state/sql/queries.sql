@@ -133,6 +133,9 @@ SELECT state.disown($1, $2);
 -- claim: takes runs that nobody drives.
 SELECT (run).*, handed_back FROM state.claim_runs($1, $2, $3, $4, $5, $6, $7);
 
+-- next_due: in how many seconds the next run is due.
+SELECT state.next_due();
+
 -- inputs_of: the unconsumed inputs of runs.
 SELECT * FROM state.inputs_of($1, $2);
 

@@ -110,6 +110,12 @@ class Leases:
         with postgres.reachable():
             await self._pool.execute(_SQL["disown"], self._state_id, executor_id)
 
+    async def next_due(self) -> float | None:
+        """In how many seconds the next run is due; None: none is."""
+        with postgres.reachable():
+            seconds: float | None = await self._pool.fetchval(_SQL["next_due"])
+        return seconds
+
     async def tidy_ready(self) -> None:
         """Forgets claimables of runs that have ended."""
         with postgres.reachable():

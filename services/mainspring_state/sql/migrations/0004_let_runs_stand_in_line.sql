@@ -426,6 +426,13 @@ BEGIN
 END
 $body$;
 
+-- In how many seconds the next run is due; null: none is. What is due already is found by every look.
+CREATE FUNCTION state.next_due() RETURNS double precision
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $body$
+  SELECT extract(epoch FROM d.due_time - clock_timestamp())::double precision FROM state.ready d
+  WHERE d.due_time > clock_timestamp() AND d.due_time < 'infinity' ORDER BY d.due_time LIMIT 1
+$body$;
+
 -- In which lines a run of the user stands: `kind` as in HoldKind, in whose way which cap is, at most ten runs that hold
 -- its slots, how many stand before it, and until when it is not to begin.
 CREATE FUNCTION state.lines_of(a_tenant_id text, a_user_id text, a_run_id uuid)
@@ -466,11 +473,11 @@ BEGIN
     SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'state'::regnamespace
       AND p.proname IN ('lock_shares', 'overflowing', 'enter_line', 'take_slots', 'wait_for_slots', 'stop_waiting',
         'give_slots', 'set_caps', 'free_slots', 'lead_on', 'may_go', 'next_in_line', 'settle_line', 'claim_lined',
-        'lines_of')
+        'next_due', 'lines_of')
   LOOP
     EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', signature);
     EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO mainspring_state_engine', signature);
-    IF signature::text LIKE 'state.lines_of(%' THEN
+    IF signature::text SIMILAR TO 'state.(next_due|lines_of)\(%' THEN
       EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO mainspring_state', signature);
     END IF;
     EXECUTE format('ALTER FUNCTION %s OWNER TO mainspring_state_engine', signature);
