@@ -45,3 +45,10 @@ def test_agents_and_handoffs_are_called_by_name() -> None:
     assert read.tools == {"diagnostics.echo", "agent.helper", "agent.critic", "handoff.expert"}
     assert read.fail_fast == {"agent.critic"}
     assert plan().fail_fast == frozenset()
+
+
+def test_caps_and_priority_are_none_where_none_are_asked_for() -> None:
+    bare = plan()
+    assert (bare.concurrent_max, bare.concurrent_per_user_max, bare.priority) == (0, 0, 0)
+    asked = plan(limits={"max_concurrent": 9, "max_concurrent_per_user": 2, "priority": -7})
+    assert (asked.concurrent_max, asked.concurrent_per_user_max, asked.priority) == (9, 2, -7)

@@ -274,3 +274,20 @@ def test_all_faults_are_told_at_once() -> None:
 def test_a_specification_that_grows_as_json_is_bounded_too() -> None:
     script = [{"text": "é" * 65_536} for _ in range(3)]
     assert f"at most {SPEC_BYTES_MAX} are taken" in faults(scripted(*script))[""]
+
+
+@pytest.mark.parametrize(
+    ("limits", "field"),
+    [
+        ({"max_concurrent": 0}, "limits.max_concurrent"),
+        ({"max_concurrent_per_user": 1_000_001}, "limits.max_concurrent_per_user"),
+        ({"priority": 101}, "limits.priority"),
+        ({"priority": -101}, "limits.priority"),
+        ({"priority": 0.5}, "limits.priority"),
+    ],
+)
+def test_caps_and_priorities_have_bounds(limits: dict[str, object], field: str) -> None:
+    assert field in faults(spec(limits=limits))
+    read_agent(
+        json.dumps(spec(limits={"max_concurrent": 1, "max_concurrent_per_user": 5, "priority": -100})).encode(), SCHEMA
+    )
