@@ -28,6 +28,8 @@ from mainspring_execution.engine.surroundings import Grip, Surroundings
 EXPIRY_SECONDS: Final = 1.0
 # The clock of the day and that of timers are two: what the one takes for over may be yet to come for the other.
 SECONDS_MIN: Final = 0.001
+# Past also for a database whose clock is behind.
+LONG_AGO: Final = 1.0
 
 
 class Waiting:
@@ -142,7 +144,7 @@ class Waiting:
 
     def hand_back(self) -> None:
         """Gives the run to whoever takes it up at once."""
-        self._journal.release(time.time())
+        self._journal.release(LONG_AGO)
 
     def _take(self, request: state_pb2.RunInput) -> None:
         progress, journal = self._journal.progress, self._journal
