@@ -3,7 +3,7 @@
 // After these no text of an earlier step can follow; agent_thinking ends its own step's alone.
 const ENDS = new Set([
   "agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out",
-  "agent_paused", "agent_waiting", "agent_handed_off", "run_recovered",
+  "agent_paused", "agent_waiting", "run_recovered",
 ]);
 
 export class Speech {

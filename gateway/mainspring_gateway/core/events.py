@@ -21,7 +21,7 @@ Data = dict[str, Any]
 
 TERMINAL_TYPES: Final = frozenset({"agent_completed", "agent_failed", "agent_cancelled", "agent_timed_out"})
 # After these no text of an earlier model step can follow; agent_thinking ends its own step's alone.
-_TEXT_ENDS: Final = TERMINAL_TYPES | {"agent_paused", "agent_waiting", "agent_handed_off", "run_recovered"}
+_TEXT_ENDS: Final = TERMINAL_TYPES | {"agent_paused", "agent_waiting", "run_recovered"}
 # What a payload that this release does not know is called, where the writer says that it may be skipped.
 UNKNOWN_TYPE: Final = "unknown"
 

@@ -12,7 +12,8 @@ from mainspring.v1 import events_pb2
 # The longest text that a model step may have.
 DRAFT_BYTES_MAX: Final = 1 << 20
 
-# After these no text of an earlier step can follow; agent_thinking ends its own step's alone.
+# After these no text of an earlier step can follow; agent_thinking ends its own step's alone. At a hand-over the next
+# agent's model may have begun before the event is durable.
 CLOSING: Final = frozenset(
     {
         "agent_completed",
@@ -21,7 +22,6 @@ CLOSING: Final = frozenset(
         "agent_timed_out",
         "agent_paused",
         "agent_waiting",
-        "agent_handed_off",
         "run_recovered",
     }
 )

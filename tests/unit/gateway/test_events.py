@@ -229,7 +229,7 @@ def test_a_failed_attempt_is_a_steps_or_a_calls() -> None:
 def test_an_event_says_which_text_it_ends() -> None:
     assert encode(event(agent_thinking=pb.AgentThinking(step=3))).step == 3
     ends = {kind for kind in PAYLOADS if encode(event(**{kind: PAYLOADS[kind][0]})).ends_text}
-    assert ends == {*TERMINAL_TYPES, "agent_paused", "agent_waiting", "agent_handed_off", "run_recovered"}
+    assert ends == {*TERMINAL_TYPES, "agent_paused", "agent_waiting", "run_recovered"}
 
 
 def test_leaves_pass_through_to_the_byte() -> None:

@@ -70,6 +70,12 @@ def test_over_the_bound_of_all_the_one_that_grew_longest_ago_goes() -> None:
     assert not Drafts(bytes_max=0).add(KEY, delta(0, "x"), user_id="ann")
 
 
+def test_a_hand_over_leaves_the_text_of_the_step_that_has_begun() -> None:
+    drafts = spoken("text")  # of the next agent, whose model begins before the hand-over is durable
+    drafts.hear(KEY, events_pb2.RunEvent(agent_handed_off=events_pb2.AgentHandedOff()))
+    assert KEY in drafts
+
+
 @pytest.mark.parametrize("kind", [field.name for field in events_pb2.RunEvent.DESCRIPTOR.oneofs[0].fields])
 def test_only_what_ends_its_step_ends_a_text(kind: str) -> None:
     drafts = spoken("text")
