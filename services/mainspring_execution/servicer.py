@@ -106,7 +106,7 @@ class ExecutionServicer(rpc.ExecutionServiceServicer):
         source = await self._get_run(request.run_id)
         caller = current_context()
         start = again(source, key=f"retry/{request.request_id or caller.request_id}")
-        result = await self._start(replace(caller, run_id=new_id()), start, retry_of(source))
+        result = await self._start(replace(caller, run_id=new_id()), start, origin=retry_of(source))
         return pb.RetryRunResponse(run_id=result.run_id, state=result.state)
 
     async def ForkRun(self, request: pb.ForkRunRequest, context: ServicerContext) -> pb.ForkRunResponse:
@@ -115,7 +115,7 @@ class ExecutionServicer(rpc.ExecutionServiceServicer):
         start = again(source, key=f"fork/{request.request_id or caller.request_id}")
         start.session_id = request.session_id or source.session_id
         start.version = request.version or source.agent_version
-        result = await self._start(replace(caller, run_id=new_id()), start, fork_of(source, seq=request.seq))
+        result = await self._start(replace(caller, run_id=new_id()), start, origin=fork_of(source, seq=request.seq))
         return pb.ForkRunResponse(run_id=result.run_id, state=result.state)
 
     async def ExplainRun(self, request: pb.ExplainRunRequest, context: ServicerContext) -> pb.ExplainRunResponse:
@@ -134,7 +134,7 @@ class ExecutionServicer(rpc.ExecutionServiceServicer):
             replies.end()
 
     async def _start(
-        self, caller: UserExecutionContext, start: pb.StartRunRequest, origin: Origin = NO_ORIGIN
+        self, caller: UserExecutionContext, start: pb.StartRunRequest, *, origin: Origin = NO_ORIGIN
     ) -> pb.StartResult:
         """Starts a run for the caller; what it is answered once the run is durable."""
         answered: asyncio.Future[pb.StartResult] = asyncio.get_running_loop().create_future()

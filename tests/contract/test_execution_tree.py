@@ -222,7 +222,11 @@ async def test_a_sub_run_that_was_only_meant_is_made_after_a_takeover(ann: Calle
         run_id, sub_run_id = create.run_id, new_id()
         planned = events_pb2.PlannedCall(call_id=f"{run_id}.2.0", tool="agent.echo", arguments=b'{"value":7}')
         intent = events_pb2.ToolExecuting(
-            call_id=planned.call_id, tool=planned.tool, arguments=planned.arguments, effect=1, sub_run_id=sub_run_id
+            call_id=planned.call_id,
+            tool=planned.tool,
+            arguments=planned.arguments,
+            effect=types_pb2.EFFECT_CLASS_PURE,
+            sub_run_id=sub_run_id,
         )
         await gone.go_on(
             user,

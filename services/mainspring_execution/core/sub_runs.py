@@ -40,8 +40,8 @@ def check_depth(call: events_pb2.PlannedCall, run: types_pb2.Run) -> MainspringE
 def make_sub_run(
     parent: types_pb2.Run,
     intent: events_pb2.ToolExecuting,
-    plan: AgentPlan,
     *,
+    plan: AgentPlan,
     session_id: str,
     user_id: str,
     trace_id: str,
@@ -87,11 +87,11 @@ def make_sub_run(
 
 
 def settle_sub_run(
-    progress: Progress, intent: events_pb2.ToolExecuting, run: types_pb2.Run, *, now: float
+    progress: Progress, intent: events_pb2.ToolExecuting, *, run: types_pb2.Run, now: float
 ) -> events_pb2.ToolCompleted:
     """The outcome of a call whose sub-run has ended as `run` says."""
     if run.state == types_pb2.RUN_STATE_COMPLETED:
-        return close(progress, intent, Ended(OK, orjson.Fragment(run.result or b"null")), now=now)
+        return close(progress, intent, ended=Ended(OK, orjson.Fragment(run.result or b"null")), now=now)
     agent = intent.tool.removeprefix(AGENT_PREFIX)
     if run.state == types_pb2.RUN_STATE_CANCELLED:
         code, reason, why = "CANCELLED", "RUN_CANCELLED", "it was cancelled"
@@ -107,14 +107,14 @@ def settle_sub_run(
     error = error_value(failed)
     error.code = code or error.code
     status = _STATUSES.get(run.state, types_pb2.TOOL_STATUS_ERROR)
-    return close(progress, intent, Ended(status, error=error), now=now)
+    return close(progress, intent, ended=Ended(status, error=error), now=now)
 
 
 def refuse_sub_run(
-    progress: Progress, intent: events_pb2.ToolExecuting, error: MainspringError, *, now: float
+    progress: Progress, intent: events_pb2.ToolExecuting, *, error: MainspringError, now: float
 ) -> events_pb2.ToolCompleted:
     """The outcome of a call whose sub-run could not be made."""
-    return close(progress, intent, Ended(types_pb2.TOOL_STATUS_ERROR, error=error_value(error)), now=now)
+    return close(progress, intent, ended=Ended(types_pb2.TOOL_STATUS_ERROR, error=error_value(error)), now=now)
 
 
 def find_failure(plan: AgentPlan, progress: Progress) -> types_pb2.RunError | None:

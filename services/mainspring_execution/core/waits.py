@@ -107,11 +107,11 @@ def settle_wait(progress: Progress, intent: events_pb2.ToolExecuting, *, now: fl
     ended = None if wait is None else wait.settle(progress, intent, now=now)
     if ended is None:
         return None
-    return close(progress, intent, ended, now=now)
+    return close(progress, intent, ended=ended, now=now)
 
 
 def close(
-    progress: Progress, intent: events_pb2.ToolExecuting, ended: Ended, *, now: float
+    progress: Progress, intent: events_pb2.ToolExecuting, *, ended: Ended, now: float
 ) -> events_pb2.ToolCompleted:
     """The outcome of a call that ended so."""
     opened_ms = progress.opened_ms.get(intent.call_id) or now * 1e3

@@ -117,8 +117,8 @@ class Claims:
         agent = agent or await self._recall_agent(context, name, version=version)
         drive = make_drive(
             self._around,
-            self._runs,
             context,
+            launcher=self._runs,
             agent=agent,
             run=run,
             state_id=self._around.state.appends.pick_instance(),

@@ -20,9 +20,9 @@ from mainspring_execution.engine.tree import Launcher, Tree
 
 def make_drive(
     surroundings: Surroundings,
-    launcher: Launcher,
     context: UserExecutionContext,
     *,
+    launcher: Launcher,
     agent: PreparedAgent | MainspringError,
     run: types_pb2.Run,
     state_id: str,

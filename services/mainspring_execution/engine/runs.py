@@ -81,7 +81,7 @@ class Runs:
             self._crowded_until = time.monotonic() + CROWDED_SECONDS
         is_crowded = time.monotonic() < self._crowded_until
         self._lining += is_crowded
-        self.spawn(self._start(item, reply, origin, queue_only=is_crowded))
+        self.spawn(self._start(item, reply, origin=origin, queue_only=is_crowded))
 
     async def launch(
         self,
@@ -99,7 +99,14 @@ class Runs:
         if answer.status.code != code_pb2.OK:
             return from_status(answer.status)
         drive = make_drive(
-            self._around, self, context, agent=agent, run=run, state_id=state_id, arrived=arrived, lapses=lapses
+            self._around,
+            context,
+            launcher=self,
+            agent=agent,
+            run=run,
+            state_id=state_id,
+            arrived=arrived,
+            lapses=lapses,
         )
         drive.resume(append.events)
         self.spawn(self.drive(drive))
@@ -179,7 +186,7 @@ class Runs:
             )
         return None
 
-    async def _start(self, item: execution_pb2.StartItem, reply: Reply, origin: Origin, *, queue_only: bool) -> None:
+    async def _start(self, item: execution_pb2.StartItem, reply: Reply, *, origin: Origin, queue_only: bool) -> None:
         drive = None
         try:
             result, drive = await self._create(item, origin, queue_only=queue_only)
@@ -243,7 +250,14 @@ class Runs:
             return result, None
         run.ordinal = answer.ordinal
         drive = make_drive(
-            self._around, self, context, agent=agent, run=run, state_id=state_id, arrived=arrived, lapses=lapses
+            self._around,
+            context,
+            launcher=self,
+            agent=agent,
+            run=run,
+            state_id=state_id,
+            arrived=arrived,
+            lapses=lapses,
         )
         drive.resume(append.events)
         return result, drive

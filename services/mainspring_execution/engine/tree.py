@@ -89,7 +89,7 @@ class Tree:
                 return
             refusal = agent if isinstance(agent, MainspringError) else await self._make(intent, agent)
             if refusal is not None:
-                outcome = refuse_sub_run(self._journal.progress, intent, refusal, now=time.time())
+                outcome = refuse_sub_run(self._journal.progress, intent, error=refusal, now=time.time())
                 self._journal.record(tool_completed=outcome)
             self._journal.progress.unmade.pop(call_id, None)
 
@@ -103,7 +103,7 @@ class Tree:
                 return False
             if isinstance(run, MainspringError):
                 raise run
-            self._journal.record(tool_completed=settle_sub_run(progress, intent, run, now=time.time()))
+            self._journal.record(tool_completed=settle_sub_run(progress, intent, run=run, now=time.time()))
         self._journal.consume(request.request_id)
         return True
 
@@ -142,7 +142,7 @@ class Tree:
                 self._journal.record(agent_handed_off=handed_off)
                 return
         self._journal.record(tool_executing=intent)
-        outcome = refuse_sub_run(self._journal.progress, intent, agent, now=time.time())
+        outcome = refuse_sub_run(self._journal.progress, intent, error=agent, now=time.time())
         self._journal.record(tool_completed=outcome)
 
     async def recall(self, agent: str, version: str) -> PreparedAgent | MainspringError | None:
@@ -175,7 +175,7 @@ class Tree:
         create, started, run = make_sub_run(
             self._run,
             intent,
-            agent.plan,
+            plan=agent.plan,
             session_id=self._context.session_id,
             user_id=self._context.user_id,
             trace_id=self._context.trace_id,

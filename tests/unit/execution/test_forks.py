@@ -12,7 +12,7 @@ from mainspring_execution.core.repeats import again, fork_of, retry_of
 from mainspring_execution.core.start import NO_ORIGIN, Origin, hash_request
 from mainspring_kit.errors import MainspringError
 
-from tests.unit.execution.samples import RUN_ID, Log
+from tests.unit.execution.samples import PURE, RUN_ID, Log
 
 pytestmark = pytest.mark.unit
 
@@ -23,7 +23,7 @@ ERROR = types_pb2.TOOL_STATUS_ERROR
 def called(log: Log, tool: str, *, status: types_pb2.ToolStatus.ValueType = types_pb2.TOOL_STATUS_OK) -> Log:
     """The first call of the last step, begun and ended."""
     (call_id,) = planned_ids(log.events[-1:])
-    log.add(tool_executing=events_pb2.ToolExecuting(call_id=call_id, tool=tool, effect=1, sub_run_id="s"))
+    log.add(tool_executing=events_pb2.ToolExecuting(call_id=call_id, tool=tool, effect=PURE, sub_run_id="s"))
     return log.add(tool_completed=events_pb2.ToolCompleted(call_id=call_id, tool=tool, status=status))
 
 

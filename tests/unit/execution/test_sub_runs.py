@@ -14,7 +14,7 @@ from mainspring_execution.core.progress import Progress, fold
 from mainspring_execution.core.sub_runs import check_depth, hand_over, make_sub_run, settle_sub_run
 from mainspring_kit.errors import MainspringError
 
-from tests.unit.execution.samples import NOW, RUN_ID, Log, plan
+from tests.unit.execution.samples import NOW, PURE, RUN_ID, Log, plan
 
 pytestmark = pytest.mark.unit
 
@@ -34,7 +34,7 @@ def call_id(index: int = 0) -> str:
 
 
 def begin(log: Log, tool: str, index: int = 0, *, sub_run_id: str = "") -> Log:
-    intent = events_pb2.ToolExecuting(call_id=call_id(index), tool=tool, effect=1, attempt=1, sub_run_id=sub_run_id)
+    intent = events_pb2.ToolExecuting(call_id=call_id(index), tool=tool, effect=PURE, attempt=1, sub_run_id=sub_run_id)
     return log.add(tool_executing=intent)
 
 
@@ -159,7 +159,7 @@ def test_a_sub_run_has_no_more_time_than_its_parent(seconds_left: float, seconds
     create, started, run = make_sub_run(
         parent(depth=2, seconds_left=seconds_left),
         intent,
-        plan(limits={"timeout": "30s"}),
+        plan=plan(limits={"timeout": "30s"}),
         session_id="talk",
         user_id="ann",
         trace_id="t",
@@ -207,7 +207,7 @@ def test_a_bad_end_is_an_error_of_the_call(
 ) -> None:
     intent = events_pb2.ToolExecuting(call_id=call_id(), tool="agent.helper", sub_run_id=SUB_RUN_ID)
     run = types_pb2.Run(run_id=SUB_RUN_ID, state=types_pb2.RunState.Value(f"RUN_STATE_{state}"), error=error)
-    outcome = settle_sub_run(Progress(), intent, run, now=NOW)
+    outcome = settle_sub_run(Progress(), intent, run=run, now=NOW)
     assert types_pb2.ToolStatus.Name(outcome.status) == f"TOOL_STATUS_{status}"
     assert (outcome.error.code, outcome.error.reason) == (code, "SUB_RUN_FAILED")
     assert dict(outcome.error.metadata) == {"agent": "helper", "sub_run_id": SUB_RUN_ID, "sub_reason": sub_reason}
@@ -216,5 +216,5 @@ def test_a_bad_end_is_an_error_of_the_call(
 def test_a_good_end_is_the_result_as_it_is() -> None:
     intent = events_pb2.ToolExecuting(call_id=call_id(), tool="agent.helper", sub_run_id=SUB_RUN_ID)
     run = types_pb2.Run(run_id=SUB_RUN_ID, state=types_pb2.RUN_STATE_COMPLETED, result=b'{"n": 1.50}')
-    outcome = settle_sub_run(Progress(), intent, run, now=NOW)
+    outcome = settle_sub_run(Progress(), intent, run=run, now=NOW)
     assert (outcome.status, outcome.result) == (OK, b'{"n": 1.50}')
