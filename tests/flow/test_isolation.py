@@ -49,8 +49,9 @@ async def scene(request: pytest.FixtureRequest, real_services_fixture: Stack) ->
 
 async def test_a_socket_shows_a_stranger_nothing(scene: Scene) -> None:
     async with scene.stranger.stream() as socket:
-        for op in ("follow", "cancel"):
-            answer = await socket.ask(op, run_id=scene.run_id)
+        asked = {"signal": {"name": "go"}}
+        for op in ("follow", "cancel", "pause", "resume", "retry", "signal"):
+            answer = await socket.ask(op, run_id=scene.run_id, **asked.get(op, {}))
             assert (answer["op"], answer["code"], answer["reason"]) == ("error", "NOT_FOUND", "RUN_NOT_FOUND")
         await socket.ask("ping")
         assert socket.events() == []
@@ -58,9 +59,11 @@ async def test_a_socket_shows_a_stranger_nothing(scene: Scene) -> None:
 
 
 async def test_http_shows_a_stranger_nothing(scene: Scene) -> None:
-    paths = [("GET", ""), ("GET", "/events"), ("POST", ":cancel")]
+    bodies = {":signal": {"name": "go"}, ":fork": {"seq": 1}}
+    paths = [("GET", ""), ("GET", "/events"), ("GET", ":explain"), ("POST", ":cancel"), ("POST", ":pause")]
+    paths += [("POST", verb) for verb in (":resume", ":retry", ":signal", ":fork")]
     for method, path in paths:
-        answer = await scene.stranger.http(method, f"/v1/runs/{scene.run_id}{path}")
+        answer = await scene.stranger.http(method, f"/v1/runs/{scene.run_id}{path}", bodies.get(path))
         assert (answer.status, answer.json["reason"]) == (404, "RUN_NOT_FOUND"), path
     for path in ("/v1/runs", f"/v1/runs?session_id={scene.owner.context.session_id}", "/v1/sessions"):
         answer = await scene.stranger.http("GET", path)
