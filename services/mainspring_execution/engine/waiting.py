@@ -62,7 +62,8 @@ class Waiting:
 
     def take_inputs(self) -> None:
         """Records what was asked, in the order of its coming; a paused run takes nothing before it is resumed."""
-        inputs = [*self._kept, *self._attention.inputs]
+        # Each is told by another way, and one may overtake the other.
+        inputs = sorted([*self._kept, *self._attention.inputs], key=lambda request: request.create_time.ToNanoseconds())
         self._kept, self._attention.inputs = [], []
         if self._journal.progress.paused:
             resume = next((request for request in inputs if request.HasField("resume")), None)
@@ -156,7 +157,9 @@ class Waiting:
             self.ended_sub_runs.append(request)
             return
         if kind == "resume":
-            self._resume(request)
+            if not self._resume(request):
+                self._kept.append(request)
+                return
         elif kind == "signal":
             journal.record(
                 signal_received=events_pb2.SignalReceived(
@@ -180,14 +183,18 @@ class Waiting:
                 )
         journal.consume(request.request_id)
 
-    def _resume(self, request: state_pb2.RunInput) -> None:
+    def _resume(self, request: state_pb2.RunInput) -> bool:
+        """Goes on; False: the pause that it ends, which was there before it, is still on its way here."""
         if self._journal.progress.paused:
             resumed = events_pb2.AgentResumed(requested_by=request.requested_by, request_id=request.request_id)
             self._journal.record(agent_resumed=resumed)
-        elif self.pause_input is not None:
-            # It came before the pause took effect.
-            self._journal.consume(self.pause_input.request_id)
-            self.pause_input = None
+            return True
+        if self.pause_input is None:
+            return False
+        # It came before the pause took effect.
+        self._journal.consume(self.pause_input.request_id)
+        self.pause_input = None
+        return True
 
     async def _put_expiry(self, approval_id: str) -> state_pb2.RunInput:
         return await self._around.state.put_input(
