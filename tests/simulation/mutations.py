@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, Final
 
-from mainspring.v1 import events_pb2, types_pb2
-from mainspring_execution.core import decision, policy, thought
+from mainspring.v1 import events_pb2, state_pb2, types_pb2
+from mainspring_execution.core import decision, policy, thought, waits
 from mainspring_execution.core.progress import Progress, fold
 from mainspring_execution.engine import calls, drive
 from mainspring_execution.engine.ending import Ending
 from mainspring_execution.engine.lease import Lease
+from mainspring_execution.engine.waiting import Waiting
 from mainspring_execution.peers import Dispatcher
 from mainspring_kit import streams
 from mainspring_state.core.feed import Feed
@@ -19,7 +21,9 @@ from mainspring_state.engine import follower
 from mainspring_state.engine.committer import Committer
 from mainspring_state.engine.talk import Talk
 
+from tests.simulation.asking import RUNNING, Asking, Key
 from tests.simulation.leasing import Schema
+from tests.simulation.lining import Lining
 from tests.simulation.tables import Tables
 
 # Any in this module: what replaces an attribute is of the attribute's type.
@@ -32,6 +36,10 @@ def _yes(*_: object, **__: object) -> bool:
 
 def _no(*_: object, **__: object) -> bool:
     return False
+
+
+def _nothing(*_: object, **__: object) -> None:
+    return
 
 
 def _fold_without_outcomes() -> Callable[..., Progress]:
@@ -100,6 +108,110 @@ def _count_ids() -> Callable[..., str]:
     return make
 
 
+def _release_blindly(self: Asking, key: Key, due: datetime | None) -> bool:
+    if due is not None:
+        self.make_ready(key, due.timestamp())
+    self.leases.pop(key, None)
+    return False
+
+
+def _answer_again() -> Callable[..., str]:
+    refuse = Asking._refusal
+
+    def refuse_less(self: Asking, key: Key, **asked: Any) -> str:
+        reason = refuse(self, key, **asked)
+        return "" if reason == "resolved" else reason
+
+    return refuse_less
+
+
+def _keep_leave() -> Callable[..., None]:
+    recover = Progress._recover
+
+    def recover_with_leave(self: Progress, recovered: events_pb2.RunRecovered) -> None:
+        answers = dict(self.answers)
+        recover(self, recovered)
+        self.answers = answers
+
+    return recover_with_leave
+
+
+def _forget_pauses() -> Callable[..., None]:
+    take = Waiting._take
+
+    def take_others(self: Waiting, request: state_pb2.RunInput) -> None:
+        if request.HasField("pause"):
+            self._journal.consume(request.request_id)
+        else:
+            take(self, request)
+
+    return take_others
+
+
+def _pause_without_stopping(self: Waiting) -> None:
+    assert self.pause_input is not None
+    paused = events_pb2.AgentPaused(request_id=self.pause_input.request_id)
+    self._journal.consume(self.pause_input.request_id)
+    self.pause_input = None
+    self._journal.record(agent_paused=paused)
+    self._journal.progress.paused = False
+
+
+def _resume_at_once() -> Callable[..., bool]:
+    resume = Waiting._resume
+
+    def resume_whatever(self: Waiting, request: state_pb2.RunInput) -> bool:
+        resume(self, request)
+        return True
+
+    return resume_whatever
+
+
+def _keep_signals() -> Callable[..., None]:
+    complete = Progress._complete
+
+    def complete_only(self: Progress, outcome: events_pb2.ToolCompleted, *, is_own: bool) -> None:
+        signals = list(self.signals)
+        complete(self, outcome, is_own=is_own)
+        self.signals = signals
+
+    return complete_only
+
+
+def _count_hand_backs() -> Callable[..., Any]:
+    take = Schema._take_run
+
+    def take_over(self: Schema, key: Key, *where: Any) -> Any:
+        if key not in self.leases and self.runs[key]["state"] == RUNNING:
+            self.runs[key]["takeovers"] += 1
+        return take(self, key, *where)
+
+    return take_over
+
+
+def _take_for_lost() -> Callable[..., None]:
+    record = drive.Drive.record_recovery
+    return lambda self, **known: record(self, **known | {"handed_back": False})
+
+
+def _one_more() -> Callable[..., bool]:
+    take = Lining.take_slots
+
+    def take_one_more(self: Lining, key: Key) -> bool:
+        caps = self.runs[key]["caps"]
+        self.runs[key]["caps"] = [(scope, cap + 1) for scope, cap in caps]
+        taken = take(self, key)
+        self.runs[key]["caps"] = caps
+        return taken
+
+    return take_one_more
+
+
+def _wake_early() -> Callable[..., float]:
+    wake_time = waits.wake_time
+    return lambda intent: wake_time(intent) - 1.5
+
+
 def _mutations() -> dict[str, list[Patch]]:
     return {
         "the epoch is not checked": [(Tables, "is_holder", _yes)],
@@ -121,6 +233,18 @@ def _mutations() -> dict[str, list[Patch]]:
         "calls are made again before their time": [(Progress, "retry_times", property(lambda _: {}, lambda *_: None))],
         "a broken stream sends unsafe calls again": [(Dispatcher, "__init__", _dispatcher_without_loss())],
         "a broken stream sends nothing again": [(streams._Link, "rewind", _rewind_nothing)],
+        "a release does not look at what came meanwhile": [(Asking, "release", _release_blindly)],
+        "an approval is answered twice": [(Asking, "_refusal", _answer_again())],
+        "leave for an unsafe call is used again": [(Progress, "_recover", _keep_leave())],
+        "a pause is forgotten": [(Waiting, "_take", _forget_pauses())],
+        "a resume does not wait for its pause": [(Waiting, "_resume", _resume_at_once())],
+        "a pause stops nothing": [(Waiting, "pause", _pause_without_stopping)],
+        "a signal is taken twice": [(Progress, "_complete", _keep_signals())],
+        "a hand-back counts as a takeover": [(Schema, "_take_run", _count_hand_backs())],
+        "a hand-back is taken for a loss": [(drive.Drive, "record_recovery", _take_for_lost())],
+        "a cap lets one more in": [(Lining, "take_slots", _one_more())],
+        "sleeps end early": [(waits, "wake_time", _wake_early())],
+        "the ends of sub-runs are not told": [(Tables, "_tell_parent", _nothing)],
         "provider state is shown": [(follower, "public", list)],
         "rows of others are shown": [(Schema, "get_run", _anybodys_run)],
     }
