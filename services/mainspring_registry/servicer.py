@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from jsonschema import Draft202012Validator
 from mainspring.v1 import registry_pb2 as pb
 from mainspring.v1 import registry_pb2_grpc as rpc
-from mainspring_kit.identity import caller_variable, current_context
+from mainspring_kit.identity import UserExecutionContext, caller_variable, current_context
 from mainspring_kit.interceptors import ServicerContext
 
 from mainspring_registry.core import catalog
 from mainspring_registry.core.schedules import read_name, read_schedule, timetable
 from mainspring_registry.core.spec import read_agent
-from mainspring_registry.core.tenants import read_tenant
+from mainspring_registry.core.tenants import read_tenant_id
 from mainspring_registry.core.tools import read_tools
 from mainspring_registry.engine import CatalogWatch
 from mainspring_registry.store.catalog import Store
@@ -88,12 +88,12 @@ class RegistryServicer(rpc.RegistryServiceServicer):
 
     async def PutTenant(self, request: pb.PutTenantRequest, context: ServicerContext) -> pb.PutTenantResponse:
         """See registry.proto."""
-        user = read_tenant(caller_variable.get(), request.tenant_id)
+        user = _tenant_of(request.tenant_id)
         return pb.PutTenantResponse(tenant=await self._store.put_tenant(user, request.limits))
 
     async def GetTenant(self, request: pb.GetTenantRequest, context: ServicerContext) -> pb.GetTenantResponse:
         """See registry.proto."""
-        user = read_tenant(caller_variable.get(), request.tenant_id)
+        user = _tenant_of(request.tenant_id)
         return pb.GetTenantResponse(tenant=await self._store.get_tenant(user))
 
     async def ListTenants(self, request: pb.ListTenantsRequest, context: ServicerContext) -> pb.ListTenantsResponse:
@@ -103,7 +103,7 @@ class RegistryServicer(rpc.RegistryServiceServicer):
 
     async def DeleteTenant(self, request: pb.DeleteTenantRequest, context: ServicerContext) -> pb.DeleteTenantResponse:
         """See registry.proto."""
-        await self._store.put_tenant(read_tenant(caller_variable.get(), request.tenant_id), None)
+        await self._store.put_tenant(_tenant_of(request.tenant_id), None)
         return pb.DeleteTenantResponse()
 
     async def PutSchedule(self, request: pb.PutScheduleRequest, context: ServicerContext) -> pb.PutScheduleResponse:
@@ -138,3 +138,11 @@ class RegistryServicer(rpc.RegistryServiceServicer):
         """See registry.proto."""
         async for frame in self._watch.frames(request.after_revision):
             yield frame
+
+
+def _tenant_of(asked: str) -> UserExecutionContext:
+    """As whom the limits of the tenant that is asked for are read and written."""
+    caller = caller_variable.get()
+    own = caller.context.tenant_id if caller.context else ""
+    tenant_id = read_tenant_id(asked, own=own, is_service=caller.principal.is_service)
+    return UserExecutionContext(tenant_id=tenant_id, user_id=caller.principal.user_id or caller.principal.subject)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from mainspring_kit.errors import MainspringError, Reason
-from mainspring_kit.identity import Caller, UserExecutionContext
 
 
-def read_tenant(caller: Caller, asked: str) -> UserExecutionContext:
-    """As whom to read and write the tenant: a service may name any, others only their own. TENANT_NOT_FOUND."""
-    own = caller.context
-    if not caller.principal.is_service and own is not None and asked not in ("", own.tenant_id):
+def read_tenant_id(asked: str, *, own: str, is_service: bool) -> str:
+    """The tenant's id: `own` where none is asked for; a service may ask for any. TENANT_NOT_FOUND."""
+    if not is_service and asked not in ("", own):
         raise tenant_not_found(asked)
-    if own is not None and asked in ("", own.tenant_id):
-        return own
-    return UserExecutionContext(tenant_id=asked, user_id=caller.principal.subject)
+    return asked or own
 
 
 def tenant_not_found(tenant_id: str) -> MainspringError:

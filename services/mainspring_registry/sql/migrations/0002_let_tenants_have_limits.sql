@@ -5,12 +5,13 @@
 
 -- deleted: its limits are no more; the row stays, so that watchers hear of it.
 CREATE TABLE registry.tenants (
-  tenant_id text COLLATE "C" PRIMARY KEY CHECK (tenant_id <> ''),
+  tenant_id text COLLATE "C" NOT NULL CHECK (tenant_id <> ''),
   revision bigint NOT NULL UNIQUE,
   -- The fields of the contract's TenantLimits.
   limits jsonb NOT NULL,
   deleted boolean NOT NULL DEFAULT false,
-  update_time timestamptz NOT NULL DEFAULT now()
+  update_time timestamptz NOT NULL DEFAULT now(),
+  PRIMARY KEY (tenant_id)
 );
 
 ALTER TABLE registry.tenants ENABLE ROW LEVEL SECURITY;

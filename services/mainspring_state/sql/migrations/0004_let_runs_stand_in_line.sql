@@ -26,7 +26,8 @@ CREATE TABLE state.shares (
   queued bigint NOT NULL DEFAULT 0,
   weight integer NOT NULL DEFAULT 1,
   is_lined boolean NOT NULL DEFAULT false,
-  tenant_id text COLLATE "C" PRIMARY KEY
+  tenant_id text COLLATE "C" NOT NULL,
+  PRIMARY KEY (tenant_id)
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 
 CREATE INDEX shares_turn ON state.shares (is_lined, pass);
