@@ -119,7 +119,9 @@ def refuse_sub_run(
 
 def find_failure(plan: AgentPlan, progress: Progress) -> types_pb2.RunError | None:
     """The error of a sub-run of the last step whose failure ends the run."""
-    for call in progress.thoughts[-1].planned_calls if progress.thoughts else ():
+    # The last step may be that of an agent which has handed the run over.
+    is_own = progress.steps >= progress.agent_first_step
+    for call in progress.thoughts[-1].planned_calls if is_own else ():
         outcome = progress.outcomes.get(call.call_id)
         if call.tool in plan.fail_fast and outcome is not None and outcome.status != OK:
             return outcome.error

@@ -219,9 +219,10 @@ class Drive:
         if progress.source_seq or progress.unmade:
             await (self._tree.copy_steps(agent.plan) if progress.source_seq else self._tree.make_sub_runs())
             return
-        agent = await self._recall(agent)
-        if agent is None:
-            return
+        if progress.agent or agent.plan.agent != self._run.agent:
+            agent = await self._recall(agent)
+            if agent is None:
+                return
         decision = decide(
             agent.plan,
             self._journal.progress,

@@ -89,6 +89,14 @@ def test_a_failure_ends_a_run_only_where_the_specification_says_so() -> None:
     assert isinstance(decide(log, tools=[{"agent": "helper"}]), CallModel)
 
 
+def test_a_failure_before_a_handoff_does_not_concern_who_took_over() -> None:
+    log = end(
+        begin(asking("agent.helper", "handoff.expert"), "agent.helper", sub_run_id="s"), "agent.helper", status=ERROR
+    )
+    handed_over(end(begin(log, "handoff.expert", 1), "handoff.expert", 1))
+    assert decide(log, tools=FAST) == CallModel(2)
+
+
 def test_a_handoff_is_done_when_the_rest_of_its_step_is() -> None:
     log = asking("handoff.expert", "diagnostics.echo", "run.sleep")
     opened = decide(log)
