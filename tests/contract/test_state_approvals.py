@@ -176,8 +176,8 @@ async def test_what_is_no_approval_is_not_found(executor: Executor, user: UserEx
         answer = state_pb2.ApprovalInput(approval_id=wrong, decision=ALLOW)
         assert await ann.try_put(run_id, approval=answer) == "APPROVAL_NOT_FOUND"
     for undecided in (0, EXPIRED, WITHDRAWN):
-        assert await ann.answer(approval_id, undecided) == "REQUEST_INVALID"  # type: ignore[arg-type]
-    assert await ann.answer(approval_id, 99) == "REQUEST_INVALID"  # type: ignore[arg-type]
+        assert await ann.answer(approval_id, undecided) == "REQUEST_INVALID"  # type: ignore[arg-type]  # no answer
+    assert await ann.answer(approval_id, 99) == "REQUEST_INVALID"  # type: ignore[arg-type]  # no decision
     assert await ann.answer(approval_id, ALLOW, b"x" * ((1 << 20) + 1)) == "REQUEST_INVALID"
     assert await ann.answer(approval_id) == ""
 
@@ -247,7 +247,7 @@ async def test_approvals_that_nobody_could_answer_are_refused(executor: Executor
             setattr(bad.approval_requested, name, value)
         result = await executor.send_one(executor.append(user, run_id, bad, after=1))
         assert reason_of(result.status) == "REQUEST_INVALID"
-    for over in (resolved(new_id(), 2), resolved(run_id, 2, 0)):  # type: ignore[arg-type]
+    for over in (resolved(new_id(), 2), resolved(run_id, 2, 0)):  # type: ignore[arg-type]  # a number
         result = await executor.send_one(executor.append(user, run_id, over, after=1))
         assert reason_of(result.status) == "REQUEST_INVALID"
     await executor.go_on(user, run_id, good, after=1)

@@ -95,7 +95,7 @@ def refused_answer(
             role=role,
         )
     if reason == "resolved":
-        name = types_pb2.ApprovalDecision.Name(decision).removeprefix("APPROVAL_DECISION_")  # type: ignore[arg-type]
+        name = types_pb2.ApprovalDecision.Name(decision).removeprefix("APPROVAL_DECISION_")  # type: ignore[arg-type]  # a number of the row
         return MainspringError(
             Reason.APPROVAL_RESOLVED,
             f"Approval {approval_id} is decided already: {name}{f' by {answered_by}' if answered_by else ''}.",
