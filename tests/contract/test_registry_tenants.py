@@ -119,7 +119,7 @@ async def test_watchers_hear_of_limits_and_of_their_end(aio_stub: Any, identitie
     async def heard() -> pb.CatalogTenant:
         async with asyncio.timeout(TIMEOUT):
             while True:
-                frame = await call.read()
+                frame: pb.WatchCatalogResponse = await call.read()
                 for entry in frame.tenants:
                     if entry.tenant.tenant_id == tenant_id:
                         return entry

@@ -36,7 +36,7 @@ async def test_a_rolling_restart_of_all_executors_is_no_ones_death(healthy_stack
         )
 
         async def work(socket: StreamClient, number: int) -> list[list[Frame]]:
-            logs = []
+            logs: list[list[Frame]] = []
             while not is_over.is_set():
                 agent = "patient" if number % 4 == 0 else "steady"
                 value = {"file": str(counted), "name": f"{number}-{len(logs)}"}
