@@ -32,7 +32,7 @@ class Batch:
             self.resolve_items, self.resolve_seqs, self.resolve_decisions, self.resolve_by, self.resolve_data,
             self.stands, self.queue_onlys, self.dues, self.weights, self.backlogs, self.backlog_least,
             self.cap_items, self.cap_scopes, self.cap_limits,
-        ) = arguments  # fmt: skip
+        ) = ([] if value is None else value for value in arguments)  # fmt: skip
 
     def stands_in_line(self, i: int) -> bool:
         """Whether a create has to stand in a line besides its session's."""

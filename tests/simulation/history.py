@@ -95,6 +95,7 @@ class History:
             world.bus.loss_share = 0.25
         loop.call_later(ROUGH_SECONDS, self._calm_down)
         world.checker.on_claim, world.checker.on_end = self._stall_claimer, self._look_up
+        world.checker.standing.on_leave = self._kill_retrier
         browser = self._process("browser-1:1")
         people = People(world, browser)
         for client in self.clients:
@@ -157,6 +158,14 @@ class History:
         for host in self._world.network.hosts.values():
             if host.process is not None and host.process.name == executor_id and self._rng.random() < 0.5:
                 host.process.stalled_until = self._world.loop.now + self._rng.random() * 3.0
+
+    def _kill_retrier(self, executor_id: str) -> None:
+        """Who has leave to make an unsafe call again dies of it, now and then, as the one before did."""
+        for address, host in self._world.network.hosts.items():
+            process = host.process
+            if process is not None and process.name == executor_id and self._rng.random() < 0.2:
+                process.last_step = process.steps + 1 + int(self._rng.random() * 100)
+                self._world.loop.call_later(0.5 + 1.5 * self._rng.random(), self._restart, address, process)
 
     def _restart(self, address: str, process: Process) -> None:
         """Kills what the step did not come to, and starts its successor."""

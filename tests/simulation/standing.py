@@ -30,6 +30,7 @@ class Standing:
 
     def __init__(self, schema: Schema, expect: Callable[[object, str], None]) -> None:
         self.on_question: Callable[[Key, events_pb2.ApprovalRequested], None] = lambda key, question: None
+        self.on_leave: Callable[[str], None] = lambda executor_id: None
         self._schema = schema
         self._expect = expect
         self._parked: list[Key] = []
@@ -52,6 +53,8 @@ class Standing:
             self.on_question(key, event.approval_requested)
         elif kind == "approval_resolved":
             self._check_answer(key, log, event.approval_resolved)
+            if b"retry" in event.approval_resolved.data:
+                self.on_leave(self._schema.held_by(key))
         elif kind == "run_recovered":
             was_released = (key, self._schema.runs[key]["epoch"] - 1) in self._released
             handed_back = event.run_recovered.handed_back

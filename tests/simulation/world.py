@@ -45,7 +45,6 @@ from tests.simulation.postgres import Connection, Server
 Work = Callable[[], Coroutine[Any, Any, None]]
 EPOCH: Final = 1_790_000_000.0
 SECRET: Final = "dev-simulation-signs-tokens-with-this-secret"
-TOKENS: Final = ServiceTokens(SECRET, "simulation")
 FAULTS: Final = ("run_faulted", "start_faulted", "takeover_faulted", "task_failed", "foreign_events_dropped")
 STATE_SETTINGS: Final = StateSettings(
     auth_secret=SECRET,
@@ -67,7 +66,8 @@ class World:
     def __init__(self, seed: int, *, trace: Callable[[str], None] | None = None) -> None:
         self.rng = Random(seed)
         self.loop = SimLoop(step_seconds=self.rng.choice((0.0, 0.00002, 0.0002)))  # type: ignore[abstract]  # no I/O here
-        self.lines: list[str] = []
+        # Its own, as making one takes an id.
+        self.tokens = ServiceTokens(SECRET, "simulation")
         self._trace = trace
         self.schema = Schema(self.database_now)
         self.checker = Checker(self.schema, self.trace, self.loop.stop)
@@ -163,8 +163,8 @@ class World:
         await engine.run()
 
     async def _run_execution(self, host: Host, process: Process) -> None:
-        state = State(Peer(self.target("state"), TOKENS))
-        dispatcher = Dispatcher(Peer(self.target("dispatcher"), TOKENS))
+        state = State(Peer(self.target("state"), self.tokens))
+        dispatcher = Dispatcher(Peer(self.target("dispatcher"), self.tokens))
         on_post = self.checker.tool_called
         observed = ObservedCalls(dispatcher.calls, lambda call: on_post(process.name, call))
         dispatcher.calls = cast(CallPool, observed)
@@ -184,7 +184,7 @@ class World:
         host.servicers["DispatcherService"] = Workers(self.checker, self.loop, self.rng)
 
     async def _run_gateway(self, host: Host, process: Process) -> None:
-        peers = Peers(TOKENS, registry="browser-1:1", execution=self.target("execution"), state=self.target("state"))
+        peers = Peers(self.tokens, registry="browser-1:1", execution=self.target("execution"), state=self.target("state"))
         engine = GatewayEngine(GATEWAY_SETTINGS, peers)
         async with engine.running(lambda: None):
             self.gateway = engine
