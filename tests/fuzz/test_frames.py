@@ -30,7 +30,7 @@ SERVER_OPS = {"welcome", "event", "delta", "error", "ok", "started", "pong", "ca
 # What a client's own fault may end a socket with; 0: the gateway hung up on bytes that are no WebSocket.
 CLOSE_CODES = {0, 1000, 1002, 1003, 1007, 1009, 4400, 4401, 4408}
 FENCE = "fence"
-# The operations, those of later releases too, with the fields that make them right.
+# The operations with the fields that make them right.
 OPS = {
     "start": ("agent", "input"),
     "follow": ("run_id", "after_seq"),
@@ -40,7 +40,10 @@ OPS = {
     "ping": (),
     "hello": ("token",),
     "pause": ("run_id",),
-    "approve": ("approval_id", "decision"),
+    "resume": ("run_id",),
+    "retry": ("run_id",),
+    "signal": ("run_id", "name", "data"),
+    "approve": ("approval_id", "decision", "data"),
 }
 FIELDS = (
     "id",
@@ -48,6 +51,8 @@ FIELDS = (
     "version",
     "session_id",
     "idempotency_key",
+    "priority",
+    "start_time",
     "scope",
     "since",
     "user_id",
@@ -103,6 +108,10 @@ class Attacker:
                 "after_seq": [0, 3, 99],
                 "token": [user.token],
                 "idempotency_key": ["k-1", "k-2"],
+                "approval_id": [f"{events[0]['run_id']}.3", f"{foreign_run_id}.3"],
+                "decision": ["allow", "deny"],
+                "name": ["go"],
+                "data": [None, {"a": [1]}],
             }
             return cls(stack, user.token, words=words)
 

@@ -41,6 +41,7 @@ METHODS = ("GET", "GET", "GET", "POST", "POST", "POST", "HEAD", "PUT", "DELETE",
 PATHS = (
     *("/", "/console/console.js", "/console/{word}", "/healthz", "/readyz", "/v1/stream", "/v1/runs", "/v1/runs/{run}"),
     *("/v1/runs/{run}/events", "/v1/runs/{run}:cancel", "/v1/runs/{run}:{word}", "/v1/sessions", "/v1/agents"),
+    *("/v1/runs/{run}:explain", "/v1/approvals", "/v1/approvals/{run}.3", "/v1/approvals/{word}", "/v1/metrics/runs"),
     *(
         "/v1/agents/{word}",
         "/v1/agents/echo",
@@ -57,6 +58,12 @@ PATHS = (
 RIGHT = (
     ("POST", "/v1/runs", b'{"agent":"echo","input":{}}'),
     ("POST", "/v1/runs/{run}:cancel", b'{"reason":"enough"}'),
+    ("POST", "/v1/runs/{run}:pause", b"{}"),
+    ("POST", "/v1/runs/{run}:resume", b""),
+    ("POST", "/v1/runs/{run}:signal", b'{"name":"go","data":[1]}'),
+    ("POST", "/v1/runs/{run}:retry", b""),
+    ("POST", "/v1/runs/{run}:fork", b'{"seq":1}'),
+    ("POST", "/v1/approvals/{run}.3:resolve", b'{"decision":"allow"}'),
     ("POST", "/v1/agents", DOCUMENTS[1]),
     ("GET", "/v1/runs/{run}/events", b""),
 )
