@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from random import Random
 
 from mainspring.v1 import types_pb2
 from mainspring_execution.core.intrinsic import is_intrinsic
@@ -163,9 +162,8 @@ class History:
         """Who has leave to make an unsafe call again dies of it, now and then, as the one before did."""
         for address, host in self._world.network.hosts.items():
             process = host.process
-            if process is not None and process.name == executor_id and self._rng.random() < 0.2:
-                process.last_step = process.steps + 1 + int(self._rng.random() * 100)
-                self._world.loop.call_later(0.5 + 1.5 * self._rng.random(), self._restart, address, process)
+            if process is not None and process.name == executor_id and self._rng.random() < 0.5:
+                self._world.loop.call_later(self._rng.random() * 0.5, self._restart, address, process)
 
     def _restart(self, address: str, process: Process) -> None:
         """Kills what the step did not come to, and starts its successor."""
@@ -191,6 +189,7 @@ class History:
     async def _drain(self, process: Process) -> None:
         runs = self._world.runs[process.name]
         runs.is_draining = True
+        self._world.claims[process.name].stop()
         await runs.drain(self._rng.random())
         await self._world.leases[process.name].leave()
 

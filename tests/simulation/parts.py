@@ -112,7 +112,12 @@ class Catalog:
                 ),
                 Model(checker, rng, executor_id=executor_id, think_seconds=think_seconds),
             )
-            for name, think_seconds, timeout_seconds in (("quick", 0, 300), ("slow", 0.2, 300), ("late", 2.0, 1.0), ("capped", 0.1, 300))
+            for name, think_seconds, timeout_seconds in (
+                ("quick", 0, 300),
+                ("slow", 0.2, 300),
+                ("late", 2.0, 1.0),
+                ("capped", 0.1, 300),
+            )
         }
 
     async def resolve(

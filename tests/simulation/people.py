@@ -81,9 +81,7 @@ class People:
                 decision=types_pb2.APPROVAL_DECISION_ALLOW if is_allowed else types_pb2.APPROVAL_DECISION_DENY,
                 data=data,
             )
-            request = state_pb2.PutInputRequest(
-                request_id=f"answer-{question.approval_id}-{number}", approval=answer
-            )
+            request = state_pb2.PutInputRequest(request_id=f"answer-{question.approval_id}-{number}", approval=answer)
             user = UserExecutionContext(key[0], user_id, run_id=key[1], roles=("runner",))
             for _ in range(self._times()):
                 self._later(rng.random() * 2.0 + 3.0 * is_late, partial(self._answer, user, request))

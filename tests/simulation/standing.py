@@ -137,7 +137,9 @@ class Standing:
         if outcome.status == types_pb2.TOOL_STATUS_TIMED_OUT or (is_ok and outcome.tool == SLEEP):
             intent = next(known for known in log if known.tool_executing.call_id == outcome.call_id).tool_executing
             wake_time = intent.wake_time.ToNanoseconds() / 1e9
-            self._expect(clock >= wake_time - CLOCK_SECONDS, f"{outcome.call_id} is over {wake_time - clock:.3f} s early")
+            self._expect(
+                clock >= wake_time - CLOCK_SECONDS, f"{outcome.call_id} is over {wake_time - clock:.3f} s early"
+            )
         elif is_ok:
             taken: Any = orjson.loads(outcome.result)
             same = [
@@ -174,4 +176,4 @@ def _is_switch(event: events_pb2.RunEvent) -> bool:
 
 
 def _request_of(event: events_pb2.RunEvent, kind: str) -> str:
-    return getattr(event, kind).request_id if event.HasField(kind) else ""  # type: ignore[no-any-return,arg-type]  # by name
+    return getattr(event, kind).request_id if event.HasField(kind) else ""  # type: ignore[arg-type]  # by name

@@ -62,7 +62,8 @@ def make_wishes(rng: Random) -> list[Wish]:
 def _make_wish(rng: Random, number: int) -> Wish:
     wait_share = rng.choice((0.0, 0.0, 0.2, 0.5))
     script = [
-        [_choose_call(rng, wait_share) for _ in range(rng.choice((0, 1, 1, 2)))] for _ in range(rng.choice((1, 2, 2, 3)))
+        [_choose_call(rng, wait_share) for _ in range(rng.choice((0, 1, 1, 2)))]
+        for _ in range(rng.choice((1, 2, 2, 3)))
     ]
     user_id = rng.choice(("ann", "bob"))
     tools = [call for calls in script for call in calls]

@@ -82,6 +82,7 @@ class World:
         self.gateway: GatewayEngine | None = None
         self.runs: dict[str, Runs] = {}
         self.leases: dict[str, Lease] = {}
+        self.claims: dict[str, Claims] = {}
         self.states: dict[str, StateEngine] = {}
         self._incarnations = 0
         self._last_id = 0
@@ -173,10 +174,9 @@ class World:
         around = Surroundings(state, dispatcher, catalog, lease, Deltas(state))
         runs = Runs(around, runs_max=100)
         self.runs[process.name], self.leases[process.name] = runs, lease
-        host.servicers["ExecutionService"] = ExecutionServicer(runs, state)  # type: ignore[abstract]  # as above
-        async with background(
-            state.appends.run(), observed.run(), lease.beat(runs.take_input), Claims(around, runs).run()
-        ) as tasks:
+        claims = self.claims[process.name] = Claims(around, runs)
+        host.servicers["ExecutionService"] = ExecutionServicer(runs, state)
+        async with background(state.appends.run(), observed.run(), lease.beat(runs.take_input), claims.run()) as tasks:
             runs.open(tasks)
             await self.loop.create_future()
 
@@ -184,7 +184,9 @@ class World:
         host.servicers["DispatcherService"] = Workers(self.checker, self.loop, self.rng)
 
     async def _run_gateway(self, host: Host, process: Process) -> None:
-        peers = Peers(self.tokens, registry="browser-1:1", execution=self.target("execution"), state=self.target("state"))
+        peers = Peers(
+            self.tokens, registry="browser-1:1", execution=self.target("execution"), state=self.target("state")
+        )
         engine = GatewayEngine(GATEWAY_SETTINGS, peers)
         async with engine.running(lambda: None):
             self.gateway = engine
