@@ -24,7 +24,7 @@ READY_SECONDS_MAX: Final = 120.0
 STOP_SECONDS_MAX: Final = 30.0
 POLL_SECONDS: Final = 0.01
 PROCESSES: Final = ("registry", "dispatcher", "execution", "state", "gateway")
-NOTE: Final = "100,000 waiting runs are not measured: runs that wait come with approvals, signals and timers"
+NOTE: Final = "runs that wait are measured by python -m benchmarks.waiting"
 
 
 def main() -> int:
