@@ -22,14 +22,16 @@ pytestmark = [pytest.mark.contract, pytest.mark.real_services]
 # What takes seconds, a thousand sockets, three dead executors or a flood: the test that provokes it.
 ELSEWHERE: Mapping[str, str] = {
     "CREDENTIAL_MISSING": "tests/contract/test_execution_models.py",
+    "DEPTH_EXCEEDED": "tests/contract/test_execution_tree.py",
     "HELLO_MISSING": "tests/contract/test_dispatcher_attach.py",
     "RUN_POISONED": "tests/contract/test_state_leases.py",
     "STEP_TIMED_OUT": "tests/contract/test_execution_retries.py",
     "SLOW_CONSUMER": "tests/contract/test_state_follow.py",
+    "SUB_RUN_FAILED": "tests/contract/test_execution_tree.py",
     "TOO_MANY_CONNECTIONS": "tests/flow/test_gateway_socket.py",
 }
 # What no code raises yet, with the issue that brings it.
-LATER: Mapping[str, int] = {"DEPTH_EXCEEDED": 5, "SUB_RUN_FAILED": 5}
+LATER: Mapping[str, int] = {}
 # Keys that are there only in some of a reason's uses: a fault has a run where it hit one.
 OPTIONAL = {"INTERNAL": {"run_id"}, "MODEL_FAILED": {"model", "retry_after_seconds"}, "RESULT_INVALID": {"answer"}}
 # What was sent may have been blank, and a log's place may be wrong whatever state the run is in.
