@@ -59,7 +59,7 @@ TRANSITIONS: Final = {
     "agent_handed_off": Transition(_UNDER_WAY, RUNNING),
     "attempt_failed": Transition(_UNDER_WAY, SAME),
     "approval_requested": Transition(_UNDER_WAY, SAME),
-    "approval_resolved": Transition(_BEGUN, SAME),
+    "approval_resolved": Transition(_BEGUN, RUNNING),
     "signal_received": Transition(_BEGUN, SAME),
     "agent_waiting": Transition(_UNDER_WAY, WAITING),
     "agent_paused": Transition(_UNDER_WAY, PAUSED),
