@@ -51,6 +51,7 @@ _NOT_ENDED: Final = 1 << QUEUED | _BEGUN
 
 # A run that was claimed before its turn stays QUEUED: it can be ended, not begun. One that was claimed while it waits
 # or is paused stays so until it goes on: what came meanwhile is recorded first. The end of a paused run closes calls.
+# With an answer it goes on: leave to make a call again is used up by whoever takes it, also if that one dies of it.
 TRANSITIONS: Final = {
     "agent_started": Transition(_RUNNING_ONLY, RUNNING, may_be_first=True),
     "agent_thinking": Transition(_UNDER_WAY, RUNNING),
