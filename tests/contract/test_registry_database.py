@@ -151,6 +151,8 @@ async def test_the_roles_own_no_table_and_cannot_bypass_row_security(role: Any) 
         "read_changes": ["search_path=pg_catalog, pg_temp"],
         "read_catalog": ["search_path=pg_catalog, pg_temp"],
         "list_tenants": ["search_path=pg_catalog, pg_temp"],
+        "take_due_schedules": ["search_path=pg_catalog, pg_temp"],
+        "settle_schedule": ["search_path=pg_catalog, pg_temp"],
     }
 
 
