@@ -19,7 +19,7 @@ from mainspring_state.config import StateSettings
 from mainspring_state.core import hearing
 from mainspring_state.core.append import check
 from mainspring_state.store.log import Batch, LogWriter
-from mainspring_state.store.wire import CHANNEL
+from mainspring_state.store.wire import CHANNEL, Wire
 
 from test_framework.grpc_testing import free_address
 from test_framework.identities import Identities, unique
@@ -326,3 +326,18 @@ async def test_streams_move_when_a_process_stops(
 # Any: as above.
 async def _wait(stub: Any, request: state_pb2.WaitRunRequest, metadata: Any) -> Any:
     return await stub.WaitRun(request, metadata=metadata, timeout=TIMEOUT)
+
+
+async def test_a_publication_that_is_cancelled_ends_so_at_whatever_moment(contract_environment: dict[str, Any]) -> None:
+    wire = Wire(contract_environment["redis_url"])
+    try:
+        await wire.publish([b"first"])
+        for turns in range(20):
+            publishing = asyncio.ensure_future(wire.publish([b"next"]))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            was_cancelled = publishing.cancel()
+            await asyncio.wait([publishing])
+            assert publishing.cancelled() == was_cancelled, turns
+    finally:
+        await wire.close()

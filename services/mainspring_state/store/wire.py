@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from mainspring_kit import redis
+from mainspring_kit.tasks import raise_if_cancelled
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -22,16 +23,24 @@ class Wire:
 
     async def publish(self, messages: Sequence[bytes]) -> None:
         """Sends messages in one round trip."""
-        async with self._client.pipeline(transaction=False) as pipeline:
-            for message in messages:
-                pipeline.publish(CHANNEL, message)
-            await pipeline.execute()
+        try:
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for message in messages:
+                    pipeline.publish(CHANNEL, message)
+                await pipeline.execute()
+        finally:
+            # asyncio.wait_for, under which redis-py writes, loses a cancel that meets the write's end (Python 3.11).
+            raise_if_cancelled()
 
     async def hear(self) -> AsyncIterator[bytes]:
         """All messages from now on, this process's own too; yields an empty one as soon as it listens."""
         async with self._client.pubsub() as channel:
-            await channel.subscribe(CHANNEL)
+            try:
+                await channel.subscribe(CHANNEL)
+            finally:
+                raise_if_cancelled()
             async for message in channel.listen():
+                raise_if_cancelled()
                 if message["type"] == "subscribe":
                     yield b""
                 elif message["type"] == "message":
