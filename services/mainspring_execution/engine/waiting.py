@@ -70,8 +70,11 @@ class Waiting:
             if resume is None:
                 self._kept = inputs
                 return
-            inputs.remove(resume)
-            inputs.insert(0, resume)
+            # It ends the pauses before it, also one that a later pause has overtaken.
+            over = [request for request in inputs[: inputs.index(resume)] if request.HasField("pause")]
+            for request in over:
+                self._journal.consume(request.request_id)
+            inputs = [resume, *(request for request in inputs if request is not resume and request not in over)]
         for request in inputs:
             self._take(request)
 
