@@ -33,7 +33,9 @@ def test_every_invariant_holds_in_10_000_histories() -> None:
     assert code == 0, output
 
 
-@pytest.mark.parametrize("seed", ["1002435", "1003328", "1248", "4383", "5278", "1007346", "3008877", "2337", "543"])
+@pytest.mark.parametrize(
+    "seed", ["1002435", "1003328", "1248", "4383", "5278", "1007346", "3008877", "2337", "543", "4689", "1004069"]
+)
 def test_histories_that_once_found_a_fault(seed: str) -> None:
     # 1002435: a run claimed late, which had ended after a cancel meanwhile, kept its executor busy for ever.
     # 1003328: an executor that had stood still asked a model again for a run that was another's by then.
@@ -42,6 +44,8 @@ def test_histories_that_once_found_a_fault(seed: str) -> None:
     # 1007346: what another state process had told was missed, and the log not read as the database was away just then.
     # 3008877: of two claims of a run that came to one executor, the older came last and made the newer one be given up.
     # 2337: a resume that was told before its pause was done with; then came the pause, and nobody let the run go on.
+    # 4689: a pause that a resume had overtaken left no event, was told again, late, and taken for new.
+    # 1004069: a pause that had overtaken an earlier one and its resume: the resume ended it, and the earlier one held.
     # 543: who had taken leave to make an unsafe call again died of it, and the next one took the same leave.
     code, output = run_simulation(seed, timeout_seconds=60)
     assert code == 0, output

@@ -238,7 +238,9 @@ class StateServiceServicer:
         records it; a run that nobody holds becomes claimable, a paused one only by cancel and resume.
         FAILED_PRECONDITION / RUN_ENDED when the run has ended, TRANSITION_ILLEGAL for a pause of a paused
         run and a resume of one that is not. An approval is decided here, by the first answer:
-        APPROVAL_RESOLVED for every other, NOT_FOUND / APPROVAL_NOT_FOUND, PERMISSION_DENIED / ROLE_REQUIRED.
+        APPROVAL_RESOLVED for every other, APPROVAL_EXPIRED when its time is over, NOT_FOUND / APPROVAL_NOT_FOUND,
+        PERMISSION_DENIED / ROLE_REQUIRED. ALREADY_EXISTS / IDEMPOTENCY_KEY_REUSED when the request id asked something
+        else of the run; RESOURCE_EXHAUSTED / QUEUE_FULL when the run has 1,000 inputs of the kind that it has not taken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -50,7 +50,9 @@ class StateServiceStub:
     records it; a run that nobody holds becomes claimable, a paused one only by cancel and resume.
     FAILED_PRECONDITION / RUN_ENDED when the run has ended, TRANSITION_ILLEGAL for a pause of a paused
     run and a resume of one that is not. An approval is decided here, by the first answer:
-    APPROVAL_RESOLVED for every other, NOT_FOUND / APPROVAL_NOT_FOUND, PERMISSION_DENIED / ROLE_REQUIRED.
+    APPROVAL_RESOLVED for every other, APPROVAL_EXPIRED when its time is over, NOT_FOUND / APPROVAL_NOT_FOUND,
+    PERMISSION_DENIED / ROLE_REQUIRED. ALREADY_EXISTS / IDEMPOTENCY_KEY_REUSED when the request id asked something
+    else of the run; RESOURCE_EXHAUSTED / QUEUE_FULL when the run has 1,000 inputs of the kind that it has not taken.
     """
     ClaimRuns: _grpc.UnaryStreamMultiCallable[_state_pb2.ClaimRunsRequest, _state_pb2.ClaimRunsResponse]
     """Hands runs that nobody drives to the calling executor, each leased under a new epoch, as long
@@ -151,7 +153,9 @@ class StateServiceAsyncStub(StateServiceStub):
     records it; a run that nobody holds becomes claimable, a paused one only by cancel and resume.
     FAILED_PRECONDITION / RUN_ENDED when the run has ended, TRANSITION_ILLEGAL for a pause of a paused
     run and a resume of one that is not. An approval is decided here, by the first answer:
-    APPROVAL_RESOLVED for every other, NOT_FOUND / APPROVAL_NOT_FOUND, PERMISSION_DENIED / ROLE_REQUIRED.
+    APPROVAL_RESOLVED for every other, APPROVAL_EXPIRED when its time is over, NOT_FOUND / APPROVAL_NOT_FOUND,
+    PERMISSION_DENIED / ROLE_REQUIRED. ALREADY_EXISTS / IDEMPOTENCY_KEY_REUSED when the request id asked something
+    else of the run; RESOURCE_EXHAUSTED / QUEUE_FULL when the run has 1,000 inputs of the kind that it has not taken.
     """
     ClaimRuns: _aio.UnaryStreamMultiCallable[_state_pb2.ClaimRunsRequest, _state_pb2.ClaimRunsResponse]  # type: ignore[assignment]
     """Hands runs that nobody drives to the calling executor, each leased under a new epoch, as long
@@ -261,7 +265,9 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         records it; a run that nobody holds becomes claimable, a paused one only by cancel and resume.
         FAILED_PRECONDITION / RUN_ENDED when the run has ended, TRANSITION_ILLEGAL for a pause of a paused
         run and a resume of one that is not. An approval is decided here, by the first answer:
-        APPROVAL_RESOLVED for every other, NOT_FOUND / APPROVAL_NOT_FOUND, PERMISSION_DENIED / ROLE_REQUIRED.
+        APPROVAL_RESOLVED for every other, APPROVAL_EXPIRED when its time is over, NOT_FOUND / APPROVAL_NOT_FOUND,
+        PERMISSION_DENIED / ROLE_REQUIRED. ALREADY_EXISTS / IDEMPOTENCY_KEY_REUSED when the request id asked something
+        else of the run; RESOURCE_EXHAUSTED / QUEUE_FULL when the run has 1,000 inputs of the kind that it has not taken.
         """
 
     @_abc_1.abstractmethod

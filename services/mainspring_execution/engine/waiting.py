@@ -70,21 +70,17 @@ class Waiting:
             if resume is None:
                 self._kept = inputs
                 return
-            inputs.remove(resume)
-            inputs.insert(0, resume)
+            # It ends the pauses before it, also one that a later pause has overtaken.
+            over = [request for request in inputs[: inputs.index(resume)] if request.HasField("pause")]
+            for request in over:
+                self._journal.consume(request.request_id)
+            inputs = [resume, *(request for request in inputs if request is not resume and request not in over)]
         for request in inputs:
             self._take(request)
 
     def pause(self) -> None:
         """Stands still, and gives the run back, as was asked."""
-        asked, self.pause_input = self.pause_input, None
-        assert asked is not None, "somebody asked for it"
-        self._journal.record(
-            agent_paused=events_pb2.AgentPaused(
-                requested_by=asked.requested_by, reason=asked.pause.reason, request_id=asked.request_id
-            )
-        )
-        self._journal.consume(asked.request_id)
+        self._record_pause()
         self._journal.release(None)
 
     def open(self, plan: AgentPlan, calls: Sequence[events_pb2.PlannedCall]) -> None:
@@ -185,16 +181,24 @@ class Waiting:
 
     def _resume(self, request: state_pb2.RunInput) -> bool:
         """Goes on; False: the pause that it ends, which was there before it, is still on its way here."""
-        if self._journal.progress.paused:
-            resumed = events_pb2.AgentResumed(requested_by=request.requested_by, request_id=request.request_id)
-            self._journal.record(agent_resumed=resumed)
-            return True
-        if self.pause_input is None:
+        if self.pause_input is not None:
+            # Taken back before it took effect. The log names both, or one that is told late would be taken for new.
+            self._record_pause()
+        if not self._journal.progress.paused:
             return False
-        # It came before the pause took effect.
-        self._journal.consume(self.pause_input.request_id)
-        self.pause_input = None
+        resumed = events_pb2.AgentResumed(requested_by=request.requested_by, request_id=request.request_id)
+        self._journal.record(agent_resumed=resumed)
         return True
+
+    def _record_pause(self) -> None:
+        asked, self.pause_input = self.pause_input, None
+        assert asked is not None, "somebody asked for it"
+        self._journal.record(
+            agent_paused=events_pb2.AgentPaused(
+                requested_by=asked.requested_by, reason=asked.pause.reason, request_id=asked.request_id
+            )
+        )
+        self._journal.consume(asked.request_id)
 
     async def _put_expiry(self, approval_id: str) -> state_pb2.RunInput:
         return await self._around.state.put_input(

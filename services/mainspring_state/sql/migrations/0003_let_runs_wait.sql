@@ -136,7 +136,7 @@ $body$;
 -- roots up to `root_count` and of sub-runs behind it; those from `end_first` on are terminal. An item may have no
 -- event, and to_state 0 leaves the state as it is. Arrays are read by subscript (plpgsql holds them expanded), so that
 -- no plan joins arrays and every table is reached by its key, whatever its statistics say; what few appends have comes
--- in arrays of its own, which are empty where none has it.
+-- in arrays of its own, which are empty or null where none has it.
 CREATE FUNCTION state.append_batch(
   tenants text[], runs uuid[], append_ids uuid[], expected_seqs bigint[], epochs bigint[],
   from_states integer[], to_states integer[], progresses boolean[],
