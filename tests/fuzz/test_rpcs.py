@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.fuzz, pytest.mark.real_services, pytest.mark.security]
 
 FRAMES_MAX = 3
 CHECK_SECONDS = 120.0
-# Ids are new in each run, and so is which rpcs a history happens to ask in the right way.
-UNLUCKY_MAX = 3
+# Ids are new in each run, and so is which rpcs a history happens to ask in the right way: most of them.
+UNLUCKY_SHARE = 1 / 3
 
 
 def test_an_attacked_rpc_answers_with_a_reason_and_nothing_is_left_behind(
@@ -54,6 +54,6 @@ def test_an_attacked_rpc_answers_with_a_reason_and_nothing_is_left_behind(
         attack()
     # An attack that is refused at the door everywhere would show nothing.
     unanswered = {rpc.name for rpc in BUILT} - attacker.answered.keys() - SILENT
-    assert count < LONG or len(unanswered) <= UNLUCKY_MAX, unanswered
+    assert count < LONG or len(unanswered) <= UNLUCKY_SHARE * len(BUILT), unanswered
     growth = fuzz_loop.run(witness.check(attacker.streams), CHECK_SECONDS)
     tell(f"{count} calls, {attacker.answered.total()} answered; {growth}")
