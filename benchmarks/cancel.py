@@ -21,10 +21,9 @@ from typing import Any, Final
 
 import aiohttp
 import orjson
-import uvloop
 from mainspring.dev import Stack, stack
 
-from benchmarks.harness import Cpu, Report, Slice, parser, percentile, progress, repeated, yardstick
+from benchmarks.harness import Cpu, Report, Slice, carry_out, parser, percentile, progress, repeated, yardstick
 from benchmarks.load import note_database, register
 from benchmarks.sockets import TERMINAL
 from benchmarks.tools import COUNT
@@ -70,12 +69,7 @@ def main() -> int:
     """Runs the workload and prints its report; exit code 1 when a tool went on counting."""
     options = parser("cancel", __doc__ or "")
     options.add_argument("--users", type=int, default=USERS, help=f"runs under way at a time (default {USERS})")
-    arguments = options.parse_args()
-    report = Report.begin("cancel", arguments.seed)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_measure(report, arguments))
-    report.show(as_json=arguments.json)
-    return 1 if report.faults else 0
+    return carry_out("cancel", _measure, options.parse_args())
 
 
 async def _measure(report: Report, arguments: Namespace) -> None:

@@ -24,13 +24,12 @@ import aiohttp
 import asyncpg
 import grpc
 import orjson
-import uvloop
 from mainspring.dev import Stack, stack
 from mainspring.v1 import execution_pb2, execution_pb2_grpc
 from mainspring_kit.channel import Peer
 from mainspring_kit.identity import ServiceTokens, UserExecutionContext, new_id
 
-from benchmarks.harness import Report, Slice, keep, parser, progress
+from benchmarks.harness import Report, Slice, carry_out, keep, parser, progress
 from benchmarks.load import Load, note_database
 from benchmarks.sockets import RunLoop, connect
 
@@ -110,12 +109,7 @@ def main() -> int:
     options.add_argument(
         "--queued", type=int, default=QUEUED_DEFAULT, help="runs of the noisy tenant in line (default %(default)s)"
     )
-    arguments = options.parse_args()
-    report = Report.begin("fairness", arguments.seed)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_measure(report, arguments))
-    report.show(as_json=arguments.json)
-    return 1 if report.faults else 0
+    return carry_out("fairness", _measure, options.parse_args())
 
 
 async def _measure(report: Report, arguments: Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
 import os
@@ -11,13 +12,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import psutil
+import uvloop
 
 YARDSTICK_FALL_MAX: Final = 0.3
 REPEAT_DEFAULT: Final = 5
@@ -296,6 +298,19 @@ def progress(text: str) -> None:
     """Says on standard error what is being done, with the time."""
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
     sys.stderr.flush()
+
+
+# Any: as Python types coroutines.
+Measure = Callable[[Report, argparse.Namespace], Coroutine[Any, Any, None]]
+
+
+def carry_out(workload: str, measure: Measure, arguments: argparse.Namespace) -> int:
+    """Measures, shows the report, and gives the exit code: 1 when there were faults."""
+    report = Report.begin(workload, arguments.seed)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(measure(report, arguments))
+    report.show(as_json=arguments.json)
+    return 1 if report.faults else 0
 
 
 def parser(workload: str, description: str) -> argparse.ArgumentParser:

@@ -19,10 +19,21 @@ from typing import Final
 
 import asyncpg
 import orjson
-import uvloop
 from mainspring.dev import Stack, stack
 
-from benchmarks.harness import Cpu, Report, Slice, median, parser, percentile, progress, repeated, under_test, yardstick
+from benchmarks.harness import (
+    Cpu,
+    Report,
+    Slice,
+    carry_out,
+    median,
+    parser,
+    percentile,
+    progress,
+    repeated,
+    under_test,
+    yardstick,
+)
 from benchmarks.load import LOOKUP, LOOKUP_EVENTS, LOOKUP_START, Load, connect_users, drive, note_database, register
 from benchmarks.paced import PacedSocket, Record, connect_paced, pace
 
@@ -60,12 +71,7 @@ def main() -> int:
     options.add_argument(
         "--rate", type=float, default=0.0, help="starts a second (default: half of the peak, measured)"
     )
-    arguments = options.parse_args()
-    report = Report.begin("latency", arguments.seed)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_measure(report, arguments))
-    report.show(as_json=arguments.json)
-    return 1 if report.faults else 0
+    return carry_out("latency", _measure, options.parse_args())
 
 
 async def _measure(report: Report, arguments: Namespace) -> None:

@@ -7,7 +7,6 @@ result of 8 KiB.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import tempfile
 from argparse import Namespace
@@ -17,10 +16,9 @@ from typing import Final
 
 import asyncpg
 import orjson
-import uvloop
 from mainspring.dev import Stack, stack
 
-from benchmarks.harness import Report, parser, progress, repeated
+from benchmarks.harness import Report, carry_out, parser, progress, repeated
 from benchmarks.interleave import CALLERS, measure_beside_peers
 from benchmarks.load import LOOKUP, LOOKUP_EVENTS, LOOKUP_START, Load, connect_users, drive, note_database, register
 
@@ -68,12 +66,7 @@ def main() -> int:
     options.add_argument("--sockets", type=int, nargs="+", default=[1, 64, 256], help="how many (default 1 64 256)")
     options.add_argument("--replicas", default="", help="as of `mainspring dev`, e.g. execution=2")
     options.add_argument("--no-heavy", action="store_true", help="leave W1b out")
-    arguments = options.parse_args()
-    report = Report.begin("throughput", arguments.seed)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_measure(report, arguments))
-    report.show(as_json=arguments.json)
-    return 1 if report.faults else 0
+    return carry_out("throughput", _measure, options.parse_args())
 
 
 async def _measure(report: Report, arguments: Namespace) -> None:

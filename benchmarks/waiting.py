@@ -22,14 +22,13 @@ from typing import Any, Final
 import asyncpg
 import grpc
 import orjson
-import uvloop
 from mainspring.dev import Stack, stack
 from mainspring.v1 import execution_pb2, execution_pb2_grpc
 from mainspring_kit.channel import Peer
 from mainspring_kit.identity import ServiceTokens, UserExecutionContext, new_id
 from mainspring_kit.tasks import background
 
-from benchmarks.harness import Cpu, Report, memory, parser, percentile, progress, under_test
+from benchmarks.harness import Cpu, Report, carry_out, memory, parser, percentile, progress, under_test
 from benchmarks.load import note_database, register
 
 TENANT: Final = "dev"
@@ -115,12 +114,7 @@ def main() -> int:
     options = parser("waiting", __doc__ or "")
     options.set_defaults(seconds=SECONDS_DEFAULT)
     options.add_argument("--runs", type=int, default=RUNS_DEFAULT, help="runs that wait (default %(default)s)")
-    arguments = options.parse_args()
-    report = Report.begin("waiting", arguments.seed)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_measure(report, arguments))
-    report.show(as_json=arguments.json)
-    return 1 if report.faults else 0
+    return carry_out("waiting", _measure, options.parse_args())
 
 
 async def _measure(report: Report, arguments: Namespace) -> None:
