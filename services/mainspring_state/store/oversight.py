@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Final
 
 from mainspring.v1 import events_pb2, types_pb2
@@ -13,7 +11,7 @@ from mainspring_kit.identity import UserExecutionContext
 from mainspring_state.core.approvals import answerable_roles
 from mainspring_state.core.holds import TAIL_EVENTS, Circumstances, Place
 from mainspring_state.core.pages import ApprovalMark
-from mainspring_state.store.rows import storable, to_approval, to_event, to_metrics, to_timestamp
+from mainspring_state.store.rows import as_user, to_approval, to_event, to_metrics, to_timestamp
 
 RUNS_SHOWN_MAX: Final = 10
 _EVENTS_BYTES_MAX: Final = 4 << 20
@@ -28,15 +26,9 @@ class Oversight:
     def __init__(self, pool: postgres.Pool) -> None:
         self._pool = pool
 
-    @asynccontextmanager
-    async def _as(self, user: UserExecutionContext) -> AsyncIterator[postgres.Connection]:
-        with storable():
-            async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
-                yield connection
-
     async def get_approval(self, user: UserExecutionContext, run_id: str, *, seq: int) -> types_pb2.Approval | None:
         """An approval of the user's or that the user may answer; None: there is no such."""
-        async with self._as(user) as connection:
+        async with as_user(self._pool, user) as connection:
             await connection.execute(_SQL["answer_as"], ",".join(answerable_roles(user.roles)))
             row = await connection.fetchrow(_SQL["get_approval"], user.tenant_id, run_id, seq)
         return None if row is None else to_approval(row)
@@ -52,7 +44,7 @@ class Oversight:
         if run_id:
             statement = _SQL["list_approvals_of_run"]
             arguments = [user.tenant_id, run_id, *mark, page_size, not is_open]
-        async with self._as(user) as connection:
+        async with as_user(self._pool, user) as connection:
             await connection.execute(_SQL["answer_as"], ",".join(roles))
             rows = await connection.fetch(statement, *arguments)
         return [to_approval(row) for row in rows]
@@ -69,7 +61,7 @@ class Oversight:
     ) -> list[types_pb2.RunMetrics]:
         """What ended runs of the tenant cost, of ids from `since_run_id` on, those before the mark, newest first."""
         first, last = since_run_id, before_run_id or _LAST_RUN_ID
-        async with self._as(user) as connection:
+        async with as_user(self._pool, user) as connection:
             if run_id:
                 rows = await connection.fetch(_SQL["get_run_metrics"], user.tenant_id, run_id, last, first, agent)
             else:
@@ -78,7 +70,7 @@ class Oversight:
 
     async def circumstances(self, user: UserExecutionContext, run: types_pb2.Run) -> Circumstances:
         """What the database knows of why a run that has not ended does not go on."""
-        async with self._as(user) as connection:
+        async with as_user(self._pool, user) as connection:
             facts = await connection.fetchrow(_SQL["circumstances"], user.tenant_id, user.user_id, run.run_id)
             approvals = await connection.fetch(_SQL["open_approvals_of"], user.tenant_id, run.run_id, RUNS_SHOWN_MAX)
             places = await connection.fetch(_SQL["places_of"], user.tenant_id, user.user_id, run.run_id)

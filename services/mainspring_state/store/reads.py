@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -13,7 +12,7 @@ from mainspring_kit import postgres
 from mainspring_kit.identity import UserExecutionContext
 
 from mainspring_state.core.creation import is_uuid
-from mainspring_state.store.rows import storable, to_run, to_session
+from mainspring_state.store.rows import as_user, to_run, to_session
 
 _SQL: Final = postgres.load_queries("mainspring_state")
 _STATES: Final = frozenset(types_pb2.RunState.values())
@@ -47,18 +46,12 @@ class Reads:
     def __init__(self, pool: postgres.Pool) -> None:
         self._pool = pool
 
-    @asynccontextmanager
-    async def _as(self, user: UserExecutionContext) -> AsyncIterator[postgres.Connection]:
-        with storable():
-            async with postgres.as_user(self._pool, user.tenant_id, user_id=user.user_id) as connection:
-                yield connection
-
     async def get_run(self, user: UserExecutionContext, run_id: str) -> types_pb2.Run | None:
         """The run, or None when the user has none of this id."""
         run_id = run_id.lower()
         if not is_uuid(run_id):
             return None
-        async with self._as(user) as connection:
+        async with as_user(self._pool, user) as connection:
             row = await connection.fetchrow(_SQL["get_run"], user.tenant_id, user.user_id, run_id)
         return None if row is None else to_run(row)
 
@@ -84,14 +77,14 @@ class Reads:
         elif wanted.session_id:
             statement = _SQL["list_runs_of_session"]
             arguments.append(wanted.session_id)
-        async with self._as(user) as connection:
+        async with as_user(self._pool, user) as connection:
             return [to_run(row) for row in await connection.fetch(statement, *arguments)]
 
     async def read_events(
         self, user: UserExecutionContext, run_id: str, *, after_seq: int, item_max: int, byte_max: int
     ) -> list[bytes]:
         """A page of the log; it ends with the event that reaches the byte bound."""
-        async with self._as(user) as connection:
+        async with as_user(self._pool, user) as connection:
             rows = await connection.fetch(
                 _SQL["read_events"], user.tenant_id, user.user_id, run_id, after_seq, item_max, byte_max
             )
@@ -101,7 +94,7 @@ class Reads:
         self, user: UserExecutionContext, session_id: str, *, policy: int, title: str
     ) -> tuple[types_pb2.Session, bool]:
         """Makes a session; that and True, or the one of this id that was there, and whether this request made it."""
-        async with self._as(user) as connection:
+        async with as_user(self._pool, user) as connection:
             row = await connection.fetchrow(
                 _SQL["create_session"], user.tenant_id, user.user_id, session_id, policy, title, user.request_id
             )
@@ -113,7 +106,7 @@ class Reads:
 
     async def get_session(self, user: UserExecutionContext, session_id: str) -> types_pb2.Session | None:
         """The session, or None when the user has none of this id."""
-        async with self._as(user) as connection:
+        async with as_user(self._pool, user) as connection:
             row = await connection.fetchrow(_SQL["get_session"], user.tenant_id, user.user_id, session_id)
         return None if row is None else to_session(row)
 
@@ -121,7 +114,7 @@ class Reads:
         self, user: UserExecutionContext, *, before: SessionMark, page_size: int
     ) -> list[types_pb2.Session]:
         """Sessions older than the mark, newest first."""
-        async with self._as(user) as connection:
+        async with as_user(self._pool, user) as connection:
             rows = await connection.fetch(
                 _SQL["list_sessions"],
                 user.tenant_id,

@@ -1,9 +1,9 @@
-"""How rows of the schema `state` become messages."""
+"""How rows of the schema `state` become messages, and as whom they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -11,7 +11,9 @@ import asyncpg
 import orjson
 from google.protobuf.timestamp_pb2 import Timestamp
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
+from mainspring_kit import postgres
 from mainspring_kit.errors import MainspringError, Reason
+from mainspring_kit.identity import UserExecutionContext
 
 # Any: what a column holds; its type is the migration's to say.
 Row = Mapping[str, Any] | asyncpg.Record
@@ -162,6 +164,14 @@ def storable() -> Iterator[None]:
 
 def _stages(row: Row) -> list[types_pb2.Stage]:
     return [types_pb2.Stage(**stage) for stage in orjson.loads(row["stages"] or "[]")]
+
+
+@asynccontextmanager
+async def as_user(pool: postgres.Pool, user: UserExecutionContext) -> AsyncIterator[postgres.Connection]:
+    """A transaction that sees what the user may; a value of the user's that no column can hold is REQUEST_INVALID."""
+    with storable():
+        async with postgres.as_user(pool, user.tenant_id, user_id=user.user_id) as connection:
+            yield connection
 
 
 def _of_json(text: str | None, message: type[Any]) -> Any:
