@@ -10,7 +10,7 @@ from typing import Any, Final
 from mainspring.v1 import events_pb2, state_pb2, types_pb2
 from mainspring_execution.core import decision, policy, thought, waits
 from mainspring_execution.core.progress import Progress, fold
-from mainspring_execution.engine import calls, drive
+from mainspring_execution.engine import calls, claims, drive
 from mainspring_execution.engine.ending import Ending
 from mainspring_execution.engine.lease import Lease
 from mainspring_execution.engine.waiting import Waiting
@@ -217,7 +217,7 @@ def _mutations() -> dict[str, list[Patch]]:
         "the epoch is not checked": [(Tables, "is_holder", _yes)],
         "the seq is not checked": [(Tables, "is_next", _yes)],
         "append ids are not compared": [(Tables, "is_repeat", _no)],
-        "finished calls are made again": [(drive, "fold", _fold_without_outcomes())],
+        "finished calls are made again": [(module, "fold", _fold_without_outcomes()) for module in (claims, drive)],
         "events are delivered before the commit": [(Committer, "_take", _deliver_early())],
         "the join begins an event too early": [(Feed, "since", _since_one_earlier())],
         "the join takes the log for an event longer": [(Feed, "settle", _settle_one_ahead())],

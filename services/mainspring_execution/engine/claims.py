@@ -106,14 +106,16 @@ class Claims:
             trace_id=run.trace_id,
             depth=run.depth,
         )
-        log = await self._read_log(context, run)
+        progress = fold(await self._read_log(context, run))
         agent: PreparedAgent | MainspringError | None = None
         # One that waits or is paused was held by nobody.
-        was_driven = bool(log) and run.state == types_pb2.RUN_STATE_RUNNING
+        was_driven = progress.started and run.state == types_pb2.RUN_STATE_RUNNING
         if was_driven and not claimed.handed_back:
-            agent = check_takeover(fold(log), run_id=run.run_id)
-        handed = next((event.agent_handed_off for event in reversed(log) if event.HasField("agent_handed_off")), None)
-        name, version = (handed.to_agent, handed.to_version) if handed else (run.agent, run.agent_version)
+            agent = check_takeover(progress, run_id=run.run_id)
+        if progress.agent:
+            name, version = progress.agent, progress.agent_version
+        else:
+            name, version = run.agent, run.agent_version
         agent = agent or await self._recall_agent(context, name, version=version)
         drive = make_drive(
             self._around,
@@ -124,9 +126,9 @@ class Claims:
             state_id=self._around.state.appends.pick_instance(),
             arrived=arrived,
             # The first append says whether the claim still holds; a run that waited may call first.
-            lapses=self._around.lease.lapses if was_driven or not log else UNKNOWN_LAPSES,
+            lapses=self._around.lease.lapses if was_driven or not progress.started else UNKNOWN_LAPSES,
+            progress=progress,
         )
-        drive.resume(log)
         if was_driven:
             drive.record_recovery(
                 attempt=claimed.takeovers,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterable
 from typing import Final, TypeVar
 
 from mainspring.v1 import events_pb2, types_pb2
@@ -27,7 +26,7 @@ from mainspring_execution.core.decision import (
     decide,
 )
 from mainspring_execution.core.plan import AgentPlan
-from mainspring_execution.core.progress import fold
+from mainspring_execution.core.progress import Progress, fold
 from mainspring_execution.core.record import error_value
 from mainspring_execution.core.unknown import Ask, make_question
 from mainspring_execution.engine.attention import Attention
@@ -119,9 +118,9 @@ class Drive:
             "recoveries": progress.recoveries,
         }
 
-    def resume(self, log: Iterable[events_pb2.RunEvent]) -> None:
-        """Takes the run's durable events, if there are any yet; with the first one the run's own time begins."""
-        self._journal.restore(fold(log))
+    def resume(self, progress: Progress) -> None:
+        """Takes how far the durable log has come; with its first event the run's own time begins."""
+        self._journal.restore(progress)
         if self._journal.progress.waiting_since_ms:
             self._journal.progress.end_wait(time.time() * 1e3)
         started_ms = self._journal.progress.started_ms

@@ -6,6 +6,7 @@ from mainspring.v1 import types_pb2
 from mainspring_kit.errors import MainspringError
 from mainspring_kit.identity import UserExecutionContext
 
+from mainspring_execution.core.progress import Progress
 from mainspring_execution.core.record import Envelope
 from mainspring_execution.engine.attention import Attention
 from mainspring_execution.engine.calls import Calls
@@ -28,8 +29,9 @@ def make_drive(
     state_id: str,
     arrived: float,
     lapses: int,
+    progress: Progress,
 ) -> Drive:
-    """A drive with its parts. `agent`: an error is what the run fails with.
+    """A drive with its parts, at `progress`: how far the durable log has come. `agent`: an error the run fails with.
 
     `arrived`: when the start or the claim came, on the clock of perf_counter. `lapses`: of the lease, before the run's
     first append of this epoch was or is sent; where it has lapsed since, the first effect has to ask whose the run is.
@@ -57,7 +59,7 @@ def make_drive(
     grip = Grip(surroundings, context, attention=attention, journal=journal, lapses=lapses)
     tree = Tree(surroundings, context, launcher=launcher, run=run, attention=attention, journal=journal, grip=grip)
     ending = Ending(journal, calls, tree=tree, attention=attention, arrived=arrived)
-    return Drive(
+    drive = Drive(
         surroundings,
         context,
         agent=agent,
@@ -70,3 +72,5 @@ def make_drive(
         grip=grip,
         deadlines=deadlines,
     )
+    drive.resume(progress)
+    return drive

@@ -18,6 +18,7 @@ from mainspring_kit.identity import DEPTH_MAX, UserExecutionContext, new_id
 from mainspring_kit.interceptors import validate
 
 from mainspring_execution.core.plan import AgentPlan
+from mainspring_execution.core.progress import fold
 from mainspring_execution.core.record import Envelope
 from mainspring_execution.core.start import NO_ORIGIN, Origin, check_run_id, make_create, read_input
 from mainspring_execution.engine.catalog import PreparedAgent
@@ -107,8 +108,8 @@ class Runs:
             state_id=state_id,
             arrived=arrived,
             lapses=lapses,
+            progress=fold(append.events),
         )
-        drive.resume(append.events)
         self.spawn(self.drive(drive))
         return None
 
@@ -258,8 +259,8 @@ class Runs:
             state_id=state_id,
             arrived=arrived,
             lapses=lapses,
+            progress=fold(append.events),
         )
-        drive.resume(append.events)
         return result, drive
 
     async def _post(
