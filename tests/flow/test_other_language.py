@@ -38,8 +38,14 @@ async def run_node(*arguments: str | Path, cwd: Path, **environment: str) -> str
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(COMMAND_SECONDS):
-        out, err = await process.communicate()
+    try:
+        async with asyncio.timeout(COMMAND_SECONDS):
+            out, err = await process.communicate()
+    finally:
+        # One that is late is this test's failure, not the next one's.
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     assert process.returncode == 0, err.decode()
     return out.decode()
 
